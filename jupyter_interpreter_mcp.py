@@ -55,7 +55,6 @@ import os
 import posixpath
 import re
 import secrets
-import signal
 import ssl
 import subprocess
 import sys
@@ -114,11 +113,6 @@ PONG_BELOW = 128_000
 SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"  # binary frames: 18 x faster for large text
 CLIENT_PREFIX = f"{PROGRAM}-"  # begins each client_session_id, so that we know our own kind
 HELPER_NAME = "_jupyter_interpreter_mcp"  # of the module in the kernel
-BUSY = """The kernel was busy with code that this server process did not start. What that printed \
-before is in {} as far as it was saved, and whether it failed is not known"""
-RATE_LIMITED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or write to \
-a file and read parts of it; or start the server with higher limits: \
---ZMQChannelsWebsocketConnection.iopub_data_rate_limit=1e10 and .iopub_msg_rate_limit=1e10"""
 KERNEL_GONE = "The kernel is gone: it was shut down, or culled when it was idle."
 
 # --- Errors and data -----------------------------------------------------------------------------
@@ -276,20 +270,16 @@ def overwrite(text: str) -> str:
     return "\n".join(shown) + "\r" * text.endswith("\r")
 
 
-def shorten(texts: list[str], limit: int, note: str) -> list[str | None]:
-    """Head and tail of texts, `limit` characters in all. `note` stands for the middle, None for a
-    text that is wholly in it."""
-    total, position = sum(map(len, texts)), 0
-    kept: list[str | None] = []
+def shorten(texts: list[str], limit: int, note: str) -> list[str]:
+    """Head and tail of texts, `limit` characters in all; `note` stands for the middle."""
+    total, position, kept = sum(map(len, texts)), 0, []
     for text in texts:
         left = max(0, limit // 2 - position)
         right = max(left, total - limit // 2 - position)
         position += len(text)
-        if total <= limit or left >= len(text) or right <= 0:
-            kept.append(text)
-        else:
-            kept.append(text[:left] + note + text[right:] or None)
-            note = ""
+        if total > limit and left < len(text) and right > 0:
+            text, note = text[:left] + note + text[right:], ""
+        kept.append(text)
     return kept
 
 
@@ -415,7 +405,7 @@ def notebook_outputs(items: list[dict[str, Any]], limit: int, note: str) -> list
         return items
     rest = [item for item in items if set(item.get("data", ())) & set(IMAGE_TYPES)]
     rest += [{**item, "traceback": []} for item in items if item["output_type"] == "error"]
-    return [stream_output("stdout", *filter(None, shorten(texts, limit, note))), *rest]
+    return [stream_output("stdout", *shorten(texts, limit, note)), *rest]
 
 
 def render(items: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -482,10 +472,11 @@ class RemoteJupyterClient:
     """
 
     def __init__(self, base_url: str, token: str = "", *, ca_bundle: str | None = None) -> None:
-        parts = urlsplit(base_url)
-        self.base_url, self.host = base_url.rstrip("/"), parts.hostname or ""
-        if parts.scheme not in ("http", "https") or not self.host or parts.query or parts.username:
-            raise ConfigError("The URL must be http(s)://HOST[:PORT][/PATH], without user, query or token")
+        match = re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^][\s/:?#@]+)(:\d+)?(/[^\s?#]*)?", base_url)
+        if match is None:
+            shown = "" if "@" in base_url or "?" in base_url else f"{base_url!r} is not a server's URL: "
+            raise ConfigError(f"{shown}give http(s)://HOST[:PORT][/PATH], without user, query or token")
+        self.base_url, self.host = base_url.rstrip("/"), match[1].strip("[]")
         if not re.fullmatch(r"[!-~]*", token):
             raise ConfigError("The token holds white space or other characters that no token has")
         bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
@@ -512,7 +503,7 @@ class RemoteJupyterClient:
         Raises:
             ServerError: One of its kinds, or itself for a status that has none.
         """
-        url, started = f"{self.base_url}/api/{path}", time.monotonic()
+        url = f"{self.base_url}/api/{path}"
         data = body if body is None or isinstance(body, bytes) else json.dumps(body)
         try:
             response = self._http.request(
@@ -521,31 +512,29 @@ class RemoteJupyterClient:
             )
         except requests.RequestException as err:
             raise ServerUnreachable(self._why(err, timeout_s), url) from err
-        status, took = response.status_code, time.monotonic() - started
-        log.debug("%s %s: %d, %.0f ms", method, url, status, 1000 * took)
+        log.debug("%s %s: %d in %s", method, url, response.status_code, response.elapsed)
         if not response.ok or response.is_redirect:
             raise self._failed(f"{method} {url}", response)
         try:
             return response.json() if response.content else None
         except ValueError as err:
             hint = "this is not a Jupyter server, or its URL lacks a path; check --jupyter-base-url"
-            raise ServerError(f"{url} did not answer with JSON: {hint}", url, status) from err
+            raise ServerError(f"{url} did not answer with JSON: {hint}", url) from err
 
     def _why(self, err: requests.RequestException, timeout_s: float) -> str:
         """One sentence for a request without an answer: the cause, then the cure."""
         cause: Any = err.args[0] if err.args else err
         cause = getattr(cause, "reason", cause)
         at, errors = f"the Jupyter server at {self.base_url}", requests.exceptions
-        if isinstance(err, errors.ProxyError):
-            return f"The proxy to {at} failed ({cause}); check HTTPS_PROXY, HTTP_PROXY, NO_PROXY"
-        if isinstance(err, errors.SSLError):
-            return f"TLS failure with {at} ({cause}); a private CA needs --ca-bundle FILE"
-        if isinstance(cause, urllib3.exceptions.NameResolutionError):
-            return f"Unknown host {self.host!r}; check --jupyter-base-url {self.base_url}"
-        if isinstance(err, errors.ConnectTimeout):
-            return f"No connection to {at} within {CONNECT_TIMEOUT_S:g} s; check the address"
-        if isinstance(err, errors.Timeout) or "timed out" in str(cause):
-            return f"No answer from {at} within {timeout_s:g} s; it may be overloaded or stuck"
+        for kind, text in (
+            (errors.ProxyError, f"The proxy to {at} failed ({cause}); check HTTPS_PROXY, NO_PROXY"),
+            (errors.SSLError, f"TLS failure with {at} ({cause}); a private CA needs --ca-bundle FILE"),
+            (urllib3.exceptions.NameResolutionError, f"Unknown host {self.host!r}; check the URL of {at}"),
+            (errors.ConnectTimeout, f"No connection to {at} in {CONNECT_TIMEOUT_S:g} s; check its URL"),
+            (errors.Timeout, f"No answer from {at} within {timeout_s:g} s; it may be overloaded"),
+        ):
+            if isinstance(err, kind) or isinstance(cause, kind):
+                return text
         if "refused" in str(cause):
             return f"Connection refused by {at}; is it running, and is this its port?"
         return f"The connection to {at} failed ({cause}); call again when it is back"
@@ -563,27 +552,30 @@ class RemoteJupyterClient:
         if status in (401, 403):
             text = f"The Jupyter server refused {what} ({status}); check the token and its rights"
             return ServerRefused(text, response.url, status)
-        try:
-            detail = response.json()["message"] or response.reason
-        except (ValueError, LookupError, TypeError):
-            detail = response.reason
+        detail = response.reason
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            detail = response.json()["message"] or detail
         kind = NotFound if status == 404 else ServerError
         return kind(f"{what} failed: {status} {detail}", response.url, status)
 
     def kernelspecs(self) -> dict[str, Any]:
-        """{name: kernelspec}: the cheapest request that needs the token."""
-        answer = self.request("GET", "kernelspecs")
-        if not isinstance(answer, dict) or not isinstance(answer.get("kernelspecs"), dict):
-            raise ServerError(f"{self.base_url} has no kernelspecs: no Jupyter server; check the URL")
-        specs: dict[str, Any] = answer["kernelspecs"]
-        return specs
+        """{"default": name, "kernelspecs": {name: ...}}: the cheapest request that needs the token."""
+        with contextlib.suppress(NotFound):
+            answer = self.request("GET", "kernelspecs")
+            if isinstance(answer, dict) and isinstance(answer.get("kernelspecs"), dict):
+                return answer
+        raise ServerError(f"{self.base_url} is not the URL of a Jupyter server; check --jupyter-base-url")
 
     def open_session(self, path: str, kernel_name: str) -> dict[str, Any]:
         """The model of the kernel that is bound to a notebook's path; started if there is none."""
         kernel = {"name": kernel_name} if kernel_name else {}
         body = {"path": path, "name": posixpath.basename(path), "type": "notebook", "kernel": kernel}
-        answer: dict[str, Any] = self.request("POST", "sessions", body, timeout_s=KERNEL_TIMEOUT_S)
-        return dict(answer["kernel"])
+        try:
+            return dict(self.request("POST", "sessions", body, timeout_s=KERNEL_TIMEOUT_S)["kernel"])
+        except ServerError as err:
+            if err.status_code == 500:
+                raise KernelError(f"The kernel did not start: {err}") from err
+            raise
 
     def find_kernel(self, path: str) -> str | None:
         """The id of the kernel that is bound to a notebook's path, if there is one."""
@@ -704,6 +696,11 @@ class Kernel:
         headers = self._ws.getheaders() or {}
         self._binary = headers.get("sec-websocket-protocol") == SUBPROTOCOL
 
+    @property
+    def owes(self) -> bool:
+        """Has it requests that it did not take? They would be taken by the kernel after it."""
+        return not all(request.heard for request in self._requests.values())
+
     def drop(self) -> None:
         if self._ws is not None:
             self._ws.shutdown()  # type: ignore[no-untyped-call]
@@ -718,12 +715,11 @@ class Kernel:
                     pass
         self.drop()
 
-    def greet(self, mark: str) -> tuple[str, int]:
+    def greet(self, mark: str) -> str:
         """Learn the kernel's language and what state it is in; install the helper if it is IPython.
 
         States: "fresh" (nothing ran here; from now on it is `mark`), "used" (by somebody else),
-        "restoring" (begun and not finished), "restored" (with a number of cells; nobody was told),
-        "ready". Output that other processes of our kind caused is taken for ours meanwhile: they
+        "restoring" (begun and not finished), "restored" (and nobody was told), "ready". Output that other processes of our kind caused is taken for ours meanwhile: they
         may have ended while their code goes on, and nobody else would collect it.
         """
         self._adopting = True
@@ -735,8 +731,8 @@ class Kernel:
             self.wait(greeting)
         finally:
             self._adopting = False
-        state = "ready" if self._execution_count else "fresh"  # other kernels tell no more
-        return str(greeting.answer.get("state", state)), int(greeting.answer.get("cells", 0))
+        # other kernels tell no more than how much they ran
+        return str(greeting.answer.get("state", "ready" if self._execution_count else "fresh"))
 
     def execute(self, code: str, *, silent: bool = False, store_history: bool = True) -> Request:
         """Send one execute_request. Source: Messaging in Jupyter, "Execute"."""
@@ -912,26 +908,26 @@ class Notebook:
             try:
                 text, modified = self.client.read(self.path)
                 notebook = json.loads(text)
-                cells: list[dict[str, Any]] = notebook.pop("cells")
+                cells, metadata = list(notebook.pop("cells")), dict(notebook.pop("metadata"))
                 for cell in cells:
                     cell.setdefault("id", uuid.uuid4().hex[:12])
-                self._cells = {cell["id"]: self._escape(cell) for cell in cells if cell["cell_type"]}
+                escaped = {cell["id"]: self._escape(cell) for cell in cells if cell["cell_type"]}
                 notebook["nbformat_minor"] = max(5, notebook["nbformat_minor"])
-                self.metadata, self._rest = notebook.pop("metadata"), notebook
+                if notebook["nbformat"] != 4:
+                    raise ValueError(f"nbformat is {notebook['nbformat']!r}, not 4")
+                self.metadata, self._rest, self._cells = metadata, notebook, escaped
                 self._modified, self._checked_at = modified, time.monotonic()
                 return cells
             except (NotFound, ServerUnreachable) as err:
                 if isinstance(err, ServerUnreachable):
                     raise
-                break
+                self._checked_at = time.monotonic()
+                return None
             except (ValueError, LookupError, TypeError, AttributeError, ServerError) as err:
-                reason = f"{self.path} on the server is not readable as a notebook of format 4 ({err!r})"
+                reason = f"{self.path} on the server is not readable as a notebook ({err!r})"
                 time.sleep(pause_s)
-        else:
-            hint = "is left as it is; repair, move or delete it, or use another session_id"
-            raise NotebookError(f"{reason} and {hint}")
-        self._checked_at = time.monotonic()
-        return None
+        hint = "is left as it is; repair, move or delete it, or use another session_id"
+        raise NotebookError(f"{reason} and {hint}")
 
     def check(self) -> None:
         """Look whether somebody else changed the file, and if so take their version."""
@@ -986,6 +982,16 @@ def was_run(cell: dict[str, Any]) -> bool:
 
 # --- Session -------------------------------------------------------------------------------------
 
+BUSY = """The kernel was busy with code that this server process did not start. What that printed \
+before is in {} as far as it was saved, and whether it failed is not known"""
+RATE_LIMITED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or write \
+to a file and read parts of it; or start the server with higher limits, \
+--ZMQChannelsWebsocketConnection.iopub_data_rate_limit=1e10 and .iopub_msg_rate_limit=1e10"""
+STILL = """Still {0} after {1:g} s; nothing is lost, it goes on. execute_code with code="" and \
+session_id={2} waits for the rest, interrupt_execution with session_id={2} stops it"""
+NOT_RUN = """Not run: earlier code was still running after {1:g} s. execute_code with code="" and \
+session_id={2} waits for it, interrupt_execution with session_id={2} stops it; then send this again"""
+
 
 class Run:
     """One call's code on its way: waiting for its turn, running, ended. It may outlive its call."""
@@ -1007,16 +1013,18 @@ class Run:
         self.done: Future[None] = Future()
         self.lock = threading.Lock()  # outputs, notes, errors: one thread writes, others read
 
-    def size(self) -> int:
-        """Characters that the cell put out, its error and those that are not kept included."""
-        items = self.outputs.items() + self.last_output
-        return sum(len(item_text(item)) for item in items) + self.outputs.omitted
+    def items(self) -> list[dict[str, Any]]:
+        return self.outputs.items() + self.last_output
 
-    def fail(self, text: str, ename: str = "") -> None:
-        """ename: an error in the notebook too, so that restoring does not run the cell again."""
+    def size(self) -> int:
+        """Characters that it put out, those that are not kept included."""
+        return sum(len(item_text(item)) for item in self.items()) + self.outputs.omitted
+
+    def fail(self, text: str, error: dict[str, Any] | None = None) -> None:
+        """error: for the notebook, too, so that restoring does not run the cell again."""
         with self.lock:
             self.errors.append(text)
-            self.last_output = [error_output({"ename": ename, "evalue": text})] if ename else []
+            self.last_output = [error_output(error)] if error else []
 
 
 class Session:
@@ -1044,13 +1052,14 @@ class Session:
 
     def submit(self, code: str) -> Run:
         """Queue code; returns at once. Empty code waits for what runs before it."""
+        run = Run(code)
         with self._changed:
-            self._runs.append(Run(code))
+            self._runs.append(run)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=self.path, daemon=True)
+                self._thread = threading.Thread(target=self._work, daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-            return self._runs[-1]
+        return run
 
     def execute(self, code: str, timeout_s: float | None = None) -> Result:
         """Run one cell and wait for it.
@@ -1066,35 +1075,35 @@ class Session:
 
     def collect(self, run: Run, timeout_s: float) -> Result:
         """What a call hands back: the rest of earlier runs, then what its own run has so far."""
-        waits = not run.code.strip()
+        waits, limit = not run.code.strip(), self.settings.max_output
+        texts, errors, images = list[str](), list[str](), list[tuple[str, str]]()
         with self._changed:
             run.abandoned, run.save_at = True, 0.0
             ahead = self._runs[: self._runs.index(run)]
             behind = run.stage == "waiting" and not all(each.done.done() for each in ahead)
             run.withdrawn = behind or (run.stage == "busy kernel" and timeout_s > 0)
-            runs = [each for each in ahead if each.abandoned and (waits or not run.withdrawn)] + [run]
+            runs = [each for each in ahead if each.abandoned and (waits or not run.withdrawn)]
+            runs.append(run)
             over = [each for each in runs if each.done.done() or (each is run and behind)]
             self._runs = [each for each in self._runs if each not in over]
-        texts: list[str] = []
-        errors: list[str] = []
-        images: list[tuple[str, str]] = []
         for each in runs:
             mark = "" if waits or each is run else "[from earlier code] "
             with each.lock:
                 shown, pictures = render(each.outputs.take_new())
-                limits, each.outputs.rate_limits = each.outputs.rate_limits[:1], []
-                told, each.errors = [*each.errors, *map(RATE_LIMITED.format, limits)], []
-                notes, each.notes = each.notes, []
-            texts += [*notes, *(mark + text for text in shown)]
-            errors += [mark + clean(text) for text in told]
+                texts += [*each.notes, *(mark + text for text in shown)]
+                dropped = [RATE_LIMITED.format(notice) for notice in each.outputs.rate_limits[:1]]
+                errors += [mark + clean(text) for text in (*each.errors, *dropped)]
+                each.notes, each.errors, each.outputs.rate_limits = [], [], []
             images += pictures
-        errors += [] if run.done.done() else [self._unfinished(run, timeout_s)]
-        if (excess := sum(map(len, texts + errors)) - self.settings.max_output) > 0:
-            note = self._cut_note(excess, runs)
-            kept = shorten(texts + errors, self.settings.max_output, note)
-            errors = [text for text in kept[len(texts) :] if text is not None]
-            texts = [text for text in kept[: len(texts)] if text is not None]
-        return Result(texts, errors, self.session_id, images[:IMAGES_SENT], run.not_run)
+        if not run.done.done():
+            text = NOT_RUN if run.withdrawn and not waits else STILL
+            stage = {"busy kernel": "running", "waiting": "connecting"}.get(run.stage, run.stage)
+            errors.append(text.format(stage, timeout_s, self.session_id))
+        excess = sum(map(len, texts + errors)) - limit
+        kept = shorten(texts + errors, limit, self._cut_note(excess, runs) if excess > 0 else "")
+        result, error = kept[: len(texts)], [text for text in kept[len(texts) :] if text]
+        result = [text for text in result if text or excess <= 0]
+        return Result(result, error, self.session_id, images[:IMAGES_SENT], run.not_run)
 
     def cancel(self, run: Run) -> None:
         """Nobody waits any more: withdraw the run, or interrupt it. Returns at once."""
@@ -1129,23 +1138,11 @@ class Session:
         if thread is not None:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    # The words of a result.
-
-    def _unfinished(self, run: Run, timeout_s: float) -> str:
-        name = f"session_id={self.session_id}"
-        on = f'execute_code with code="" and {name} waits for the rest, interrupt_execution with {name}'
-        if run.withdrawn and run.code.strip():
-            text = f"Not run: earlier code was still running after {timeout_s:g} s. {on}"
-            return f"{text} stops it; then send this code again"
-        stage = {"busy kernel": "running", "waiting": "connecting"}.get(run.stage, run.stage)
-        return f"Still {stage} after {timeout_s:g} s; nothing is lost, it goes on. {on} stops it"
-
     def _cut_note(self, count: int, runs: list[Run]) -> str:
         count += sum(run.outputs.omitted for run in runs)
-        long = [run for run in runs if run.size() > self.settings.max_output]
-        paths = " and ".join(self._text_path(run) for run in long) or self.path
-        where = f"; the full text is in {paths} on the server" if self._owner.keeps_notebook else ""
-        return f"\n[... {count:,} characters left out{where} ...]\n"
+        long = [self._text_path(run) for run in runs if run.size() > self.settings.max_output]
+        where = f"; the full text is in {' and '.join(long) or self.path} on the server"
+        return f"\n[... {count:,} characters left out{where * self._owner.keeps_notebook} ...]\n"
 
     def _text_path(self, run: Run) -> str:
         return f"{self.path.removesuffix('.ipynb')}-{run.cell_id}.txt"
@@ -1153,39 +1150,30 @@ class Session:
     # What the thread does.
 
     def _work(self) -> None:
-        while (run := self._next()) is not None:
-            try:
-                self._perform(run)
-            except Detached:
-                self._save(run)
-            except Exception as err:  # a defect of ours must not wedge the session
-                log.exception("Session %d", self.session_id)
-                run.fail(f"Internal error, whether the code ran is not known: {err!r}")
+        """Until nothing comes for IDLE_S; then the websocket is closed, and the thread ends."""
+        idle = False
+        while True:
             with self._changed:
-                self._current = None
-                run.done.set_result(None)
+                self._changed.wait_for(lambda: self._next() or self._closing, 0 if idle else IDLE_S)
+                run = self._current = None if self._closing else self._next()
+                if run is None and (idle or self._closing):
+                    self._thread = None
+                    return
+            idle = run is None
+            if run is not None:
+                self._perform(run)
+                with self._changed:
+                    self._current = None
+                    run.done.set_result(None)
+            elif self.kernel is not None:
+                self.kernel.close()
 
     def _next(self) -> Run | None:
-        """The next run; None, with the websocket closed, when there is none for IDLE_S."""
-
-        def found() -> bool:
-            waiting = (run for run in self._runs if run.stage == "waiting" and not run.withdrawn)
-            self._current = None if self._closing else next(waiting, None)
-            return self._closing or self._current is not None
-
-        for timeout_s in (IDLE_S, 0.0):
-            with self._changed:
-                self._changed.wait_for(found, timeout_s)
-                if self._current is not None:
-                    self._current.stage = "connecting"
-                    return self._current
-                self._thread = self._thread if timeout_s else None
-            if timeout_s and self.kernel is not None:
-                self.kernel.close()
-        return None
+        waiting = (run for run in self._runs if run.stage == "waiting" and not run.withdrawn)
+        return next(waiting, None)
 
     def _perform(self, run: Run) -> None:
-        """Take one run to its end. Every failure becomes a part of its result, here."""
+        """Take one run to its end. Every failure becomes a part of its result: here, nowhere else."""
         try:
             self._connect(run)
             with self._changed:  # from here on it counts as run
@@ -1193,20 +1181,21 @@ class Session:
                     return
                 run.stage, run.timing["iopub.status.busy"] = "running", now()
             self._run_cell(run)
-        except InterpreterError as err:
-            died, text = isinstance(err, KernelDied), str(err)
+        except Detached:
+            return self._save(run)
+        except Exception as err:  # a defect of ours, too, must not wedge the session
             run.not_run = run.request is None or not run.request.heard
-            if died:
+            text = "Not run: " * run.not_run + (str(err) if isinstance(err, InterpreterError) else repr(err))
+            if isinstance(err, KernelDied):
                 text += " Its variables are gone; the next call restores the session"
-                if run.not_run and run.request is not None:  # or the next kernel would take it
-                    with contextlib.suppress(ServerError):
-                        self.client.delete(self._kernel_id)
+                run.fail(text, {"ename": "KernelDied", "evalue": text})
                 self._forget()
-            if run.not_run:
-                return run.fail(f"Not run: {text}")
-            run.fail(text, "KernelDied" if died else "")
-        run.stage, run.timing["shell.execute_reply"] = "saving", now()
-        return self._save(run)
+            else:
+                run.fail(text)
+                log.log(logging.INFO if isinstance(err, InterpreterError) else logging.ERROR, "", exc_info=err)
+        if not run.not_run:
+            run.stage, run.timing["shell.execute_reply"] = "saving", now()
+            self._save(run)
 
     def _hear(self, message: Message) -> None:
         """An IOPub message of ours: into the output of the current run."""
@@ -1226,54 +1215,58 @@ class Session:
             self._save(run)
 
     def _forget(self) -> None:
-        if self.kernel is not None:
-            self.kernel.drop()
+        if (kernel := self.kernel) is not None:
+            kernel.drop()
             self.kernel = None
+            if kernel.owes:  # that must not run in the kernel after it
+                with contextlib.suppress(ServerError):
+                    self.client.delete(kernel.kernel_id)
 
     def _connect(self, run: Run) -> None:
         """Make sure of a live kernel that has the session's state."""
+        run.stage = "connecting"
         try:
             if self.kernel is not None and self.kernel.is_open and not self.kernel.lost:
                 return self.kernel.drain()
         except KernelError as err:
             log.info("Session %d: %s", self.session_id, err)
-        keeps, attached = self._owner.keeps_notebook, bool(self._kernel_id)
-        cells: list[dict[str, Any]] | None = []
+        attached, cells = bool(self._kernel_id), list[dict[str, Any]]()
         with contextlib.suppress(NotebookError):  # `_save` reports it, after the code has run
-            cells = self._notebook.load() if keeps else []
-        if self._is_new and cells:
-            raise InterpreterError(f"The new id {self.session_id} is taken by now; call again")
-        if cells is None and not self._is_new and not attached:
-            run.notes.append(f"Session {self.session_id} is new: there was no {self.path}")
-        self._is_new = False
+            found = self._notebook.load() if self._owner.keeps_notebook else []
+            if found and self._is_new:
+                raise InterpreterError(f"The new id {self.session_id} is taken by now; call again")
+            if found is None and not self._is_new and not attached:
+                run.notes.append(f"Session {self.session_id} is new: there was no {self.path}")
+            cells, self._is_new = found or [], False
         model = self._find_kernel()
         if self.kernel is None or self.kernel.kernel_id != model["id"] or self.kernel.lost:
             self._forget()
             self.kernel = Kernel(self.client, model["id"], self._hear, self._tick)
-        if model.get("execution_state") == "busy":
-            run.stage = "busy kernel"
+        run.stage = "busy kernel" if model.get("execution_state") == "busy" else run.stage
         mark = "restoring" if cells and self.settings.restore else "ready"
         self.kernel.open()
-        state, count = self.kernel.greet(mark)
+        state = self.kernel.greet(mark)
         if state == "restoring" and cells:  # it was cut short: once more, from nothing
             self.client.restart(model["id"])
             self.kernel.open()
-            state, count = self.kernel.greet(mark)
-        if run.stage == "busy kernel" and state != "fresh":
-            run.notes.append(BUSY.format(self.path))
-        self._describe(model["name"], self.kernel.language_info)
-        name = f"session {self.session_id}"
-        if state == "restored":
-            run.notes.append(f"Another process restored {name}: {count} cells ran again")
-        elif state == "used" and cells:
-            run.notes.append(f"The kernel of {name} was used by somebody: no cell ran again")
-        elif state == "fresh" and cells and self.settings.restore:
-            self._restore(run, self.kernel, cells)
-        elif state == "fresh" and (cells or attached):
-            run.notes.append(f"The kernel of {name} was gone: it starts empty")
+            state = self.kernel.greet(mark)
+        spec = self._owner.specs.get(model["name"], {}).get("spec", {})
+        names = {"name": model["name"], **{k: spec.get(k, "") for k in ("display_name", "language")}}
+        # As JupyterLab writes them; else Lab takes the notebook for changed as soon as it opens it.
+        self._notebook.metadata.setdefault("kernelspec", names)
+        self._notebook.metadata.setdefault("language_info", self.kernel.language_info)
+        if state == "fresh" and cells and self.settings.restore:
+            return self._restore(run, self.kernel, cells)
+        notes = {
+            "fresh": f"The kernel of session {self.session_id} was gone: it starts empty",
+            "restored": f"Another process restored session {self.session_id}: its cells ran again",
+            "used": f"Somebody used the kernel of session {self.session_id}: no cell ran again",
+            "ready": BUSY.format(self.path) if run.stage == "busy kernel" else "",
+        }
+        run.notes += [notes[state]] if notes[state] and (cells or attached or state == "ready") else []
 
     def _find_kernel(self) -> dict[str, Any]:
-        """The model of this session's kernel: the last one, else the notebook's; started if need be."""
+        """The model of this session's kernel: the last one, else the notebook's, else a new one."""
         model: dict[str, Any] = {}
         if self._kernel_id:  # a bare gateway does not give a path's kernel twice
             with contextlib.suppress(NotFound):
@@ -1287,21 +1280,13 @@ class Session:
         self._kernel_id = model["id"]
         return model
 
-    def _describe(self, kernel_name: str, language_info: dict[str, Any]) -> None:
-        """The notebook's metadata as JupyterLab writes them; else Lab takes it for changed at once."""
-        spec = self._owner.specs.get(kernel_name, {}).get("spec", {})
-        names = {key: spec.get(key, "") for key in ("display_name", "language")}
-        self._notebook.metadata.setdefault("kernelspec", {**names, "name": kernel_name})
-        self._notebook.metadata.setdefault("language_info", language_info)
-
     def _restore(self, run: Run, kernel: Kernel, cells: list[dict[str, Any]]) -> None:
         """Run a notebook's cells again. All are sent at once: so the kernel goes on to the last one
         even if this process is killed meanwhile, and whoever comes next waits behind it."""
-        run.stage, started, failed = "restoring", time.monotonic(), []
+        run.stage, started, failed = "restoring", time.monotonic(), list[str]()
         again = [cell for cell in cells if was_run(cell) and cell["id"] not in self._deadly]
-        requests = [self._send(kernel, source_of(cell), ask=False) for cell in again]
-        end = helper_code(f"restored({len(again)})") if kernel.has_helper else ""
-        requests.append(kernel.execute(end, silent=True))
+        requests = [self._send(kernel, settle(source_of(cell)), source_of(cell)) for cell in again]
+        requests.append(kernel.execute(helper_code("restored()") if kernel.has_helper else "", silent=True))
         for number, request in enumerate(requests):
             try:
                 reply = kernel.wait(request)
@@ -1312,26 +1297,27 @@ class Session:
                 self._forget()
                 return self._connect(run)  # once more, without the cell that killed the kernel
             if reply.get("status") != "ok" or request.answer.get("error"):
-                failed.append(f"cell {cells.index(again[number]) + 1}")
-        failed += [f"{len(self._deadly)} left out that killed the kernel"] if self._deadly else []
-        took = f"{len(again)} cells of {self.path} ran again in {time.monotonic() - started:.1f} s"
-        text = f"Session {self.session_id} was restored, its kernel was gone: {took}; failed: "
-        return run.notes.append(text + (", ".join(failed) or "none"))
+                failed.append(str(cells.index(again[number]) + 1))
+        text = f"Session {self.session_id} was restored, its kernel was gone: {len(again)} cells of "
+        text += f"{self.path} ran again in {time.monotonic() - started:.1f} s; "
+        text += f"failed: cells {', '.join(failed)}" if failed else "none failed"
+        text += f"; left out, for they killed the kernel: {len(self._deadly)}" if self._deadly else ""
+        return run.notes.append(text)
 
-    def _send(self, kernel: Kernel, code: str, *, ask: bool) -> Request:
-        """Send a cell as itself, or as a call of the helper that runs bash, or decides if asked."""
-        settled = settle(code) if kernel.has_helper else ("python", code)
-        language, text = settled or ("bash" if ask else "python", code)
-        if language == "python":
+    @staticmethod
+    def _send(kernel: Kernel, settled: tuple[str, str] | None, code: str, ask: bool = False) -> Request:
+        """Send a cell as itself, or to the helper: a script, or what the helper shall decide."""
+        if not kernel.has_helper or (settled is None and not ask) or (settled and settled[0] == "python"):
             return kernel.execute(code)
-        return kernel.execute(helper_code(f"run({text!a}, {not settled})"), store_history=False)
+        script = settled[1] if settled else code
+        return kernel.execute(helper_code(f"run({script!a}, {not settled})"), store_history=False)
 
     def _run_cell(self, run: Run) -> None:
-        kernel = self.kernel
+        kernel, settled = self.kernel, settle(run.code)
         assert kernel is not None
-        if kernel.has_helper and settle(run.code) is None:
+        if kernel.has_helper and settled is None:
             run.source = f"%%bash\n{run.code}"  # unless the helper says otherwise, at once
-        run.request = self._send(kernel, run.code, ask=True)
+        run.request = self._send(kernel, settled, run.code, ask=True)
         if self._owner.keeps_notebook:  # the kernel works meanwhile, so this look costs no time
             with contextlib.suppress(NotebookError, ServerError):
                 self._notebook.check()
@@ -1341,33 +1327,30 @@ class Session:
             run.request = kernel.execute(run.source)
             reply, answer = kernel.wait(run.request), {}
         run.execution_count = None if "error" in answer else reply.get("execution_count")
-        status = reply.get("status")
         if answer.get("error"):
-            run.fail(answer["error"], "CommandFailed")
-        elif status == "error":
+            run.fail(answer["error"], {"ename": "CommandFailed", "evalue": answer["error"]})
+        elif reply.get("status") == "error":
             with run.lock:  # the reply counts: a rate limit can have dropped the message
                 run.outputs.drop_error()
-            error = error_output(reply)
-            run.fail(item_text(error), error["ename"])
-            run.last_output = [error]
-        elif status != "ok":
-            run.fail(f"The kernel answered {status!r}: another client's error or an interrupt", "Aborted")
+            run.fail(item_text(error_output(reply)), reply)
+        elif reply.get("status") != "ok":
+            text = f"The kernel answered {reply.get('status')!r}: an interrupt, or another client's error"
+            run.fail(text, {"ename": "Aborted", "evalue": text})
 
     def _save(self, run: Run) -> None:
         """The cell into the notebook; while it runs, with what there is."""
         if not self._owner.keeps_notebook or run.request is None:
             return
         with run.lock:
-            items, limit = run.outputs.items() + run.last_output, self.settings.max_output
-        excess = run.size() - limit
-        outputs = notebook_outputs(items, limit, self._cut_note(excess, [run]))
-        cell: dict[str, Any] = {"cell_type": "code", "execution_count": run.execution_count, "id": run.cell_id}
-        cell |= {"metadata": {"execution": run.timing}, "source": run.source, "outputs": outputs}
+            items, limit, excess = run.items(), self.settings.max_output, run.size()
+        outputs = notebook_outputs(items, limit, self._cut_note(excess - limit, [run]))
+        cell: dict[str, Any] = {"cell_type": "code", "id": run.cell_id, "source": run.source}
+        cell |= {"execution_count": run.execution_count, "outputs": outputs}
         try:
-            if excess > 0:
+            if excess > limit:
                 text = "".join(clean(item_text(item)) for item in items)[:TEXT_KEPT]
                 self.client.write(self._text_path(run), [json_inside(text)])
-            self._notebook.save(cell)
+            self._notebook.save({**cell, "metadata": {"execution": run.timing}})
         except (NotebookError, ServerError) as err:
             if run.stage == "saving":
                 run.fail(f"The code ran, but its cell is not saved: {err}. The next call tries again")
@@ -1390,7 +1373,7 @@ class Interpreter:
 
     def __init__(self, client: RemoteJupyterClient, settings: Settings | None = None) -> None:
         self.client, self.settings = client, settings or Settings()
-        self.specs = client.kernelspecs()
+        self.specs: dict[str, Any] = client.kernelspecs()["kernelspecs"]
         self._sessions: dict[int, Session] = {}
         self._lock = threading.Lock()
         name, folder = self.settings.kernel_name, self.settings.folder
@@ -1451,25 +1434,25 @@ HELPER = r'''
 import ast, builtins, codecs, contextlib, keyword, os, re, selectors, shlex, shutil, signal
 import subprocess, sys, tempfile, threading, time, warnings
 from IPython import get_ipython
-state, cells, last = None, 0, None  # last: msg_id of the newest call of run
+state = last = None  # last: msg_id of the newest call of run
 INSTALLER = re.compile(r"^(pip|conda|mamba|uv)(?=[ \t]+-{0,2}[a-z])", re.M)
 COMMENTS = re.compile(r"(?:\s+|#[^\n]*)*")
 # What may stand before the first word of a script: comments, NAME=value, opening brackets.
 PREFIX = re.compile(r"(?:\s+|\#[^\n]*|[;&|(]|\{(?=\s)|[A-Za-z_]\w*\+?=(?:\([^()]*\)|'[^']*'"
     r"|\"(?:\\.|[^\"\\])*\"|\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`|\\.|[^\s;&|<>()'\"`\\])*(?=[\s;&|]|\Z))*")
-QUIET = dict(dict.fromkeys(["PAGER", "GIT_PAGER", "MANPAGER"], "cat"), TERM="dumb", NO_COLOR="1",
-    **dict.fromkeys(["EDITOR", "VISUAL", "GIT_EDITOR"], "true"))
+QUIET = dict(TERM="dumb", NO_COLOR="1", PAGER="cat", GIT_PAGER="cat", MANPAGER="cat", EDITOR="true",
+    VISUAL="true", GIT_EDITOR="true", GIT_TERMINAL_PROMPT="0")
 def answer(**fields):
     get_ipython().payload_manager.write_payload(dict(fields, source=__name__))
 def hello(mark):
     global state
     before = state or ("used" if get_ipython().execution_count > 1 else "fresh")
-    answer(state=before, cells=cells, last=last)
+    answer(state=before, last=last)
     if mark:
         state = mark if before in ("fresh", "restoring") else "ready"
-def restored(count):
-    global state, cells
-    state, cells = "restored", count
+def restored():
+    global state
+    state = "restored"
 def relative(folder):
     answer(folder=os.path.relpath(os.path.realpath(folder), os.path.realpath(os.getcwd())))
 def as_python(shell, code, runs):
@@ -1499,13 +1482,10 @@ def as_python(shell, code, runs):
     function = re.match(r"[\w.:-]+[ \t]*\([ \t]*\)", rest)
     return None if runs("" if function or word[0][0] == "$" else word[0]) else code
 def environment():
-    env = dict(os.environ, GIT_TERMINAL_PROMPT="0", **QUIET)
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR"):
-        env.pop(name, None)
+    env = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR")}
+    paths = env.get("PATH", os.defpath).split(os.pathsep)
     here = os.path.dirname(sys.executable)  # so that python and pip are the kernel's own
-    if here not in env.get("PATH", "").split(os.pathsep):
-        env["PATH"] = here + os.pathsep + env.get("PATH", os.defpath)
-    return env
+    return dict(env, PATH=os.pathsep.join(([] if here in paths else [here]) + paths), **QUIET)
 def pump(pipe, send, running):
     """Pass on what comes, until the pipe's end, or until nothing is there and bash has ended."""
     decode, held, sent_at = codecs.getincrementaldecoder("utf-8")("replace").decode, "", 0
@@ -1605,7 +1585,7 @@ INSTALL = f"""def {HELPER_NAME}():
         builtins.exec(builtins.compile({HELPER!r}, {HELPER_NAME!r}, "exec"), new.__dict__)
         new.version = {HELPER_VERSION}
         if old is not None:
-            new.state, new.cells, new.last = old.state, old.cells, old.last
+            new.state, new.last = old.state, old.last
         sys.modules[{HELPER_NAME!r}] = new
     sys.modules[{HELPER_NAME!r}].hello(MARK)
 try:
@@ -1629,25 +1609,23 @@ def helper_code(call: str) -> str:
 
 EXECUTE_TEXT = """Run Python or bash on the remote Jupyter server; nothing runs on this machine.
 
-State lasts: pass the returned session_id to go on with the same variables, imports, working \
-directory and exported variables; 0 opens a new session. Each session is a notebook on the server.
+State lasts: pass the returned session_id to keep variables, imports, working directory and exported \
+variables; 0 opens a new session. A session is a notebook on the server.
 Python is an IPython cell: the last expression's value is returned, plots come back as images, \
 `%pip install` works. Bash is recognised (`ls -la`, `git status`, whole scripts); %%bash on the first \
-line forces it, and a cell that could be either is Python. input() is not available.
-`timeout`: how many seconds this call waits, not how long the code may run; 0 starts the code and \
-returns at once. When it is over the code runs on: empty code with the same session_id waits for the \
-rest, interrupt_execution stops it.
-`error` is empty if all went well, else it has the traceback, or what happened and what to do. If a \
-kernel is lost, the next call runs the session's cells again."""
+line forces it. What could be either is Python. input() is not available.
+timeout: seconds this call waits, not how long the code may run; 0 starts it and returns at once. \
+Then the code runs on: empty code with the same session_id waits for the rest, interrupt_execution \
+stops it.
+error: empty if all went well, else the traceback, or what happened and what to do. If a kernel is \
+lost, the next call runs the session's cells again."""
 INTERRUPT_TEXT = """Stop what runs in a session and return the rest of its output; variables stay. If \
 the code ignores that, restart=True restarts the kernel and runs the session's cells again."""
 STUBBORN = """The code did not stop within {:g} s, it may ignore interrupts: interrupt_execution with \
 session_id={} and restart=True restarts the kernel and runs the session's cells again"""
 
 
-class CodeResult(TypedDict):
-    """What the tools return, as structured content and as the first text block."""
-
+class CodeResult(TypedDict):  # no docstring: it would be sent with each list of tools
     result: list[str]
     error: list[str]
     session_id: int
@@ -1737,16 +1715,9 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
 
 
 def serve(interpreter: Interpreter) -> None:
-    """Serve MCP on stdin and stdout until stdin ends or a signal comes; then save what runs."""
+    """Serve MCP on stdin and stdout until stdin ends; then save what runs."""
     stdin = Stdin(os.dup(0))  # a duplicate, or SDK 2.x would read past this object
     sys.stdin = io.TextIOWrapper(io.BufferedReader(stdin), encoding="utf-8", errors="replace")
-
-    def leave(signum: int, frame: Any) -> None:
-        stdin.ended = True
-        raise SystemExit(128 + signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, leave)
     try:
         make_server(interpreter, stdin).run("stdio")
     finally:
