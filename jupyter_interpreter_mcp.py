@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Give an agent a code interpreter on a remote Jupyter server, over the Model Context Protocol.
 
-A session is a notebook on the Jupyter server, bound to a kernel there: the agent works in it through
-one tool, a person can open the notebook in JupyterLab and go on in the same kernel. Nothing runs on
-the machine of the MCP server. It does not serve HTTP, cull kernels, start containers or resize
-pictures; the README names what does.
+A session is a notebook on the Jupyter server, bound to a kernel there: the agent works in it
+through one tool, a person can open the notebook in JupyterLab and go on in the same kernel. Nothing
+runs on the machine of the MCP server. It does not serve HTTP, cull kernels, start containers or
+resize pictures; the README names what does.
 
 The file reads from top to bottom:
 
@@ -76,7 +76,7 @@ import urllib3
 import websocket
 
 __version__ = "0.3.0"
-__all__ = ["Interpreter", "InterpreterError", "RemoteJupyterClient", "Result", "Session", "Settings"]
+__all__ = ["Interpreter", "InterpreterError", "RemoteJupyterClient", "Result", "Settings"]
 
 log = logging.getLogger("jupyter_interpreter_mcp")
 
@@ -96,10 +96,10 @@ FRESH_S = 1.0  # how long "nobody else changed the file" is believed
 SAVE_GRACE_S = 3.0  # a call waits so much longer if its code has ended and is being saved
 PROGRESS_S = 5.0  # between two progress notifications
 INTERRUPT_S = 5.0  # how long an interrupt may take before we say that it did not work
-RESTART_S = 9.5  # the same for a restart after it: 15 s in all
+RESTART_S = 14.5  # the same for an interrupt and a restart together
 EXIT_S = 2.0  # for saving at exit; MCP clients kill a server that takes longer
 
-TEXT_KEPT = 16_000_000  # characters of one cell's text that are kept, then
+TEXT_KEPT = 15_000_000  # characters of one cell's text that are kept, then
 TAIL_KEPT = 1_000_000  # characters of the end of it
 DATA_KEPT = 64_000_000  # characters of pictures and other rich output of one cell
 ITEM_COST = 1_000  # what one more output costs, however short it is
@@ -107,8 +107,8 @@ IMAGES_SENT = 10  # pictures in one result
 IMAGE_BYTES = 4_000_000  # larger pictures are named instead of sent; clients refuse them
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 # The server leaves Nagle's algorithm on: each small frame waits until the one before it is
-# acknowledged, and a receiver delays a bare acknowledgement by 40 ms. Any frame we send carries it at
-# once; a Pong needs no answer (RFC 6455, section 5.5.3). A small call takes 5 instead of 45 ms.
+# acknowledged, and a receiver delays a bare acknowledgement by 40 ms. Any frame we send carries it
+# at once; a Pong needs no answer (RFC 6455, section 5.5.3). A small call takes 5 instead of 45 ms.
 PONG_BELOW = 128_000
 SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"  # binary frames: 18 x faster for large text
 CLIENT_PREFIX = f"{PROGRAM}-"  # begins each client_session_id, so that we know our own kind
@@ -178,7 +178,7 @@ class Settings:
 
 
 class Result(NamedTuple):
-    """What one call hands back. images: (mime type, base64) pairs; not_run: nothing could be run."""
+    """What one call hands back. images: (mime type, base64); not_run: nothing could be run."""
 
     result: list[str]
     error: list[str]
@@ -987,6 +987,11 @@ before is in {} as far as it was saved, and whether it failed is not known"""
 RATE_LIMITED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or write \
 to a file and read parts of it; or start the server with higher limits, \
 --ZMQChannelsWebsocketConnection.iopub_data_rate_limit=1e10 and .iopub_msg_rate_limit=1e10"""
+STATES = {
+    "fresh": "The kernel of {} was gone: it starts empty",
+    "used": "The kernel of {} was restarted and used by somebody: no cell ran again",
+    "restored": "Another process restored {}: its cells ran again",
+}
 STILL = """Still {0} after {1:g} s; nothing is lost, it goes on. execute_code with code="" and \
 session_id={2} waits for the rest, interrupt_execution with session_id={2} stops it"""
 NOT_RUN = """Not run: earlier code was still running after {1:g} s. execute_code with code="" and \
@@ -1037,8 +1042,7 @@ class Session:
     def __init__(self, owner: "Interpreter", session_id: int, *, is_new: bool) -> None:
         self.session_id, self.path = session_id, posixpath.join(owner.folder, f"{session_id}.ipynb")
         self.client, self.settings, self._owner = owner.client, owner.settings, owner
-        self.kernel: Kernel | None = None
-        self._kernel_id = ""  # of the last one
+        self.kernel: Kernel | None = None  # the last one, dead or alive
         self._is_new = is_new  # the id was made up for this call
         self._notebook = Notebook(self.client, self.path)
         self._deadly: set[str] = set()  # ids of cells that killed the kernel when they ran again
@@ -1097,7 +1101,7 @@ class Session:
             images += pictures
         if not run.done.done():
             text = NOT_RUN if run.withdrawn and not waits else STILL
-            stage = {"busy kernel": "running", "waiting": "connecting"}.get(run.stage, run.stage)
+            stage = (self._current or run).stage.replace("busy kernel", "running")
             errors.append(text.format(stage, timeout_s, self.session_id))
         excess = sum(map(len, texts + errors)) - limit
         kept = shorten(texts + errors, limit, self._cut_note(excess, runs) if excess > 0 else "")
@@ -1114,7 +1118,8 @@ class Session:
 
     def interrupt(self) -> bool:
         """Interrupt what runs in this session's kernel. False if there is no kernel."""
-        kernel_id = self._kernel_id or self.client.find_kernel(self.path)
+        known = self.kernel.kernel_id if self.kernel else None
+        kernel_id = known or self.client.find_kernel(self.path)
         if kernel_id is not None:
             self.client.interrupt(kernel_id)
         return kernel_id is not None
@@ -1175,7 +1180,11 @@ class Session:
     def _perform(self, run: Run) -> None:
         """Take one run to its end. Every failure becomes a part of its result: here, nowhere else."""
         try:
-            self._connect(run)
+            try:
+                self._connect(run)
+            except KernelDied:  # meanwhile; nothing was sent to it
+                self._forget()
+                self._connect(run)
             with self._changed:  # from here on it counts as run
                 if run.withdrawn or not run.code.strip():
                     return
@@ -1185,14 +1194,15 @@ class Session:
             return self._save(run)
         except Exception as err:  # a defect of ours, too, must not wedge the session
             run.not_run = run.request is None or not run.request.heard
-            text = "Not run: " * run.not_run + (str(err) if isinstance(err, InterpreterError) else repr(err))
-            if isinstance(err, KernelDied):
+            text, died = str(err) or repr(err), isinstance(err, KernelDied)
+            if died:
                 text += " Its variables are gone; the next call restores the session"
-                run.fail(text, {"ename": "KernelDied", "evalue": text})
                 self._forget()
-            else:
-                run.fail(text)
-                log.log(logging.INFO if isinstance(err, InterpreterError) else logging.ERROR, "", exc_info=err)
+            elif not isinstance(err, InterpreterError):
+                text = f"Internal error, whether the code ran is not known: {err!r}"
+                log.exception("Session %d", self.session_id)
+            text = f"Not run: {text}" if run.not_run else text
+            run.fail(text, {"ename": "KernelDied", "evalue": text} if died else None)
         if not run.not_run:
             run.stage, run.timing["shell.execute_reply"] = "saving", now()
             self._save(run)
@@ -1217,10 +1227,11 @@ class Session:
     def _forget(self) -> None:
         if (kernel := self.kernel) is not None:
             kernel.drop()
-            self.kernel = None
+            kernel.lost = kernel.lost or KERNEL_GONE
             if kernel.owes:  # that must not run in the kernel after it
                 with contextlib.suppress(ServerError):
                     self.client.delete(kernel.kernel_id)
+                kernel.kernel_id = ""
 
     def _connect(self, run: Run) -> None:
         """Make sure of a live kernel that has the session's state."""
@@ -1230,14 +1241,14 @@ class Session:
                 return self.kernel.drain()
         except KernelError as err:
             log.info("Session %d: %s", self.session_id, err)
-        attached, cells = bool(self._kernel_id), list[dict[str, Any]]()
+        name, attached, cells = f"session {self.session_id}", self.kernel is not None, None
         with contextlib.suppress(NotebookError):  # `_save` reports it, after the code has run
-            found = self._notebook.load() if self._owner.keeps_notebook else []
-            if found and self._is_new:
-                raise InterpreterError(f"The new id {self.session_id} is taken by now; call again")
-            if found is None and not self._is_new and not attached:
-                run.notes.append(f"Session {self.session_id} is new: there was no {self.path}")
-            cells, self._is_new = found or [], False
+            cells = self._notebook.load() if self._owner.keeps_notebook else []
+            if cells and self._is_new:
+                raise InterpreterError(f"The id of the new {name} is taken by now; call again")
+            if cells is None and not self._is_new and not attached:
+                run.notes.append(f"{name.capitalize()} is new: there was no {self.path}")
+        self._is_new = False
         model = self._find_kernel()
         if self.kernel is None or self.kernel.kernel_id != model["id"] or self.kernel.lost:
             self._forget()
@@ -1257,27 +1268,23 @@ class Session:
         self._notebook.metadata.setdefault("language_info", self.kernel.language_info)
         if state == "fresh" and cells and self.settings.restore:
             return self._restore(run, self.kernel, cells)
-        notes = {
-            "fresh": f"The kernel of session {self.session_id} was gone: it starts empty",
-            "restored": f"Another process restored session {self.session_id}: its cells ran again",
-            "used": f"Somebody used the kernel of session {self.session_id}: no cell ran again",
-            "ready": BUSY.format(self.path) if run.stage == "busy kernel" else "",
-        }
-        run.notes += [notes[state]] if notes[state] and (cells or attached or state == "ready") else []
+        if state == "ready" and run.stage == "busy kernel":
+            run.notes.append(BUSY.format(self.path))
+        elif state != "ready" and (cells or attached):
+            run.notes.append(STATES[state].format(name))
 
     def _find_kernel(self) -> dict[str, Any]:
         """The model of this session's kernel: the last one, else the notebook's, else a new one."""
         model: dict[str, Any] = {}
-        if self._kernel_id:  # a bare gateway does not give a path's kernel twice
+        if self.kernel and self.kernel.kernel_id:  # a bare gateway does not give a path's kernel twice
             with contextlib.suppress(NotFound):
-                model = self.client.kernel(self._kernel_id)
+                model = self.client.kernel(self.kernel.kernel_id)
         if not model:
             wanted = self._notebook.metadata.get("kernelspec", {}).get("name")
             name = wanted if wanted in self._owner.specs else self.settings.kernel_name
             model = self.client.open_session(self.path, name)
         if model.get("execution_state") == "dead":
             self.client.restart(model["id"])
-        self._kernel_id = model["id"]
         return model
 
     def _restore(self, run: Run, kernel: Kernel, cells: list[dict[str, Any]]) -> None:
@@ -1285,8 +1292,9 @@ class Session:
         even if this process is killed meanwhile, and whoever comes next waits behind it."""
         run.stage, started, failed = "restoring", time.monotonic(), list[str]()
         again = [cell for cell in cells if was_run(cell) and cell["id"] not in self._deadly]
-        requests = [self._send(kernel, settle(source_of(cell)), source_of(cell)) for cell in again]
-        requests.append(kernel.execute(helper_code("restored()") if kernel.has_helper else "", silent=True))
+        requests = [self._send(kernel, source_of(cell), ask=False) for cell in again]
+        end = helper_code("restored()") if kernel.has_helper else ""
+        requests.append(kernel.execute(end, silent=True))
         for number, request in enumerate(requests):
             try:
                 reply = kernel.wait(request)
@@ -1305,19 +1313,20 @@ class Session:
         return run.notes.append(text)
 
     @staticmethod
-    def _send(kernel: Kernel, settled: tuple[str, str] | None, code: str, ask: bool = False) -> Request:
-        """Send a cell as itself, or to the helper: a script, or what the helper shall decide."""
-        if not kernel.has_helper or (settled is None and not ask) or (settled and settled[0] == "python"):
+    def _send(kernel: Kernel, code: str, *, ask: bool) -> Request:
+        """Send a cell as itself; or to the helper a script, or what that shall decide if asked."""
+        settled = settle(code) if kernel.has_helper else ("python", code)
+        language, text = settled or ("bash" if ask else "python", code)
+        if language == "python":
             return kernel.execute(code)
-        script = settled[1] if settled else code
-        return kernel.execute(helper_code(f"run({script!a}, {not settled})"), store_history=False)
+        return kernel.execute(helper_code(f"run({text!a}, {not settled})"), store_history=False)
 
     def _run_cell(self, run: Run) -> None:
-        kernel, settled = self.kernel, settle(run.code)
+        kernel = self.kernel
         assert kernel is not None
-        if kernel.has_helper and settled is None:
+        if kernel.has_helper and settle(run.code) is None:
             run.source = f"%%bash\n{run.code}"  # unless the helper says otherwise, at once
-        run.request = self._send(kernel, settled, run.code, ask=True)
+        run.request = self._send(kernel, run.code, ask=True)
         if self._owner.keeps_notebook:  # the kernel works meanwhile, so this look costs no time
             with contextlib.suppress(NotebookError, ServerError):
                 self._notebook.check()
@@ -1334,7 +1343,8 @@ class Session:
                 run.outputs.drop_error()
             run.fail(item_text(error_output(reply)), reply)
         elif reply.get("status") != "ok":
-            text = f"The kernel answered {reply.get('status')!r}: an interrupt, or another client's error"
+            text = "an interrupt, or an error in another client's code before it"
+            text = f"The kernel answered {reply.get('status')!r}: {text}"
             run.fail(text, {"ename": "Aborted", "evalue": text})
 
     def _save(self, run: Run) -> None:
@@ -1348,7 +1358,7 @@ class Session:
         cell |= {"execution_count": run.execution_count, "outputs": outputs}
         try:
             if excess > limit:
-                text = "".join(clean(item_text(item)) for item in items)[:TEXT_KEPT]
+                text = "".join(clean(item_text(item)) for item in items)
                 self.client.write(self._text_path(run), [json_inside(text)])
             self._notebook.save({**cell, "metadata": {"execution": run.timing}})
         except (NotebookError, ServerError) as err:
@@ -1379,12 +1389,12 @@ class Interpreter:
         name, folder = self.settings.kernel_name, self.settings.folder
         if name and name not in self.specs:
             names = ", ".join(sorted(self.specs))
-            raise ConfigError(f"No kernel {name!r} on {client.base_url}; --kernel-name can be: {names}")
+            raise ConfigError(f"No kernel {name!r}; --kernel-name can be one of: {names}")
         self.keeps_notebook = client.modified("") is not None
         path = posixpath.normpath(self._below_root(folder) if folder.startswith("/") else folder)
         self.folder = "" if path == "." else path
         if ".." in path.split("/"):
-            raise ConfigError(f"The notebooks folder {folder!r} is not below the server's root directory")
+            raise ConfigError(f"The notebooks folder {folder!r} is not below the server's root")
         try:
             client.make_folder(self.folder if self.keeps_notebook else "")
         except ServerError as err:
