@@ -48,6 +48,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import keyword
 import logging
@@ -72,7 +73,6 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 from urllib.parse import quote, unquote, urlsplit
 
 import requests
-import urllib3
 import websocket
 
 __version__ = "0.3.0"
@@ -235,17 +235,16 @@ def encode(channel: str, header: Any, content: Any, *, binary: bool) -> bytes:
     if not binary:
         return json.dumps({"channel": channel, **names, "buffers": []}).encode()
     parts = [channel.encode(), *(json.dumps(part).encode() for part in names.values())]
-    offsets = [8 * (len(parts) + 2)]  # of each part and of the end; their number comes first
-    for part in parts:
-        offsets.append(offsets[-1] + len(part))
-    return b"".join([*(n.to_bytes(8, "little") for n in (len(offsets), *offsets)), *parts])
+    # of each part and of the end; their number comes first
+    offsets = itertools.accumulate(map(len, parts), initial=8 * (len(parts) + 2))
+    return b"".join([*(n.to_bytes(8, "little") for n in (len(parts) + 1, *offsets)), *parts])
 
 
 def decode(frame: bytes, *, binary: bool) -> Message:
     """A websocket frame as a message. Buffers, which only widgets have, are left out."""
     if binary:
         ends = [int.from_bytes(frame[i : i + 8], "little") for i in range(8, 56, 8)]
-        channel, *parts = (frame[ends[i] : ends[i + 1]] for i in range(5))
+        channel, *parts = (frame[start:end] for start, end in itertools.pairwise(ends))
         header, parent, _, content = map(json.loads, parts)
         return Message(channel.decode(), header["msg_type"], parent, content)
     if frame[:1] != b"{":  # JSON with buffers: their number and the offsets, in 4 bytes each
@@ -265,9 +264,7 @@ def clean(text: str) -> str:
 
 def overwrite(text: str) -> str:
     r"""The final state of lines rewritten with "\r"; one at the very end waits for what follows."""
-    lines = text.replace("\r\n", "\n").split("\n")
-    shown = [next((p for p in reversed(line.split("\r")) if p), "") for line in lines]
-    return "\n".join(shown) + "\r" * text.endswith("\r")
+    return re.sub(r"^.*\r(?=[^\r\n])|\r+(?=\n)", "", text, flags=re.M) if "\r" in text else text
 
 
 def shorten(texts: list[str], limit: int, note: str) -> list[str]:
@@ -283,6 +280,10 @@ def shorten(texts: list[str], limit: int, note: str) -> list[str]:
     return kept
 
 
+DISPLAYS = ("display_data", "execute_result", "update_display_data")
+OUTPUT_TYPES = ("stream", "error", "clear_output", *DISPLAYS)
+
+
 class Outputs:
     """The output of one cell as its notebook shows it, in bounded memory.
 
@@ -292,9 +293,9 @@ class Outputs:
 
     def __init__(self) -> None:
         self.rate_limits: list[str] = []
-        self._reset()
+        self.clear()
 
-    def _reset(self) -> None:
+    def clear(self) -> None:
         self._items: list[dict[str, Any]] = []
         self._mark = 0  # the items before it have been handed to a caller
         self._tail = ""  # the end of endless text
@@ -305,18 +306,20 @@ class Outputs:
 
     def add(self, msg_type: str, content: dict[str, Any]) -> None:
         """Take the content of one IOPub message."""
-        if msg_type == "clear_output":
+        if msg_type not in OUTPUT_TYPES:
+            return
+        if content.get("wait"):  # clear, but not before there is something new
             self._clear_first = True
-        if self._clear_first and (msg_type != "clear_output" or not content.get("wait")):
-            self._reset()
-        if msg_type == "stream" and re.match(r"IOPub (data|message) rate exceeded", content["text"]):
+        elif self._clear_first or msg_type == "clear_output":
+            self.clear()
+        if msg_type == "error":
+            self._items.append(error_output(content))
+        elif "data" in content:
+            self._add_data(msg_type, content)
+        elif re.match(r"IOPub (data|message) rate exceeded", content.get("text", "")):
             self.rate_limits.append(content["text"])
         elif msg_type == "stream":
             self._add_text(content["name"], content["text"])
-        elif msg_type in ("display_data", "execute_result", "update_display_data"):
-            self._add_data(msg_type, content)
-        elif msg_type == "error":
-            self._items.append(error_output(content))
 
     def items(self) -> list[dict[str, Any]]:
         """All that is kept, as outputs of nbformat."""
@@ -325,7 +328,7 @@ class Outputs:
     def take_new(self) -> list[dict[str, Any]]:
         """What has not been handed over yet."""
         new = self.items()[self._mark :]
-        self._mark, self._tail, self.omitted = len(self._items), "", self.omitted + len(self._tail)
+        self._mark, self._tail = len(self._items), ""
         return new
 
     def drop_error(self) -> None:
@@ -335,43 +338,41 @@ class Outputs:
 
     def last_line(self) -> str:
         """The newest line of text, for progress notifications."""
-        text = self._tail or ("".join(self._items[-1].get("text", [])[-2:]) if self._items else "")
-        return next((x for x in reversed(clean(text[-1000:]).splitlines()) if x.strip()), "")
+        chunks = [chunk for item in self.items()[-1:] for chunk in item.get("text", ())[-2:]]
+        return clean("".join(chunks)[-1000:]).strip().rpartition("\n")[2]
 
     def _add_text(self, name: str, text: str) -> None:
-        room = max(0, TEXT_KEPT - self._text_size)
-        item = self._items[-1] if self._items[self._mark :] else {}
-        if room and item.get("name") != name:
-            item = stream_output(name)
-            self._items.append(item)
-            self._text_size += ITEM_COST
-        if room:
-            chunks: list[str] = item["text"]
-            if "\r" in text or (chunks and "\r" in chunks[-1]):
-                line = chunks.pop() if chunks else ""
-                self._text_size -= len(line)
-                text = overwrite(line + text)
-            head, newline, line = text[:room].rpartition("\n")  # the open line is its own chunk
+        if self._text_size < TEXT_KEPT:
+            if not self._items[self._mark :] or self._items[-1].get("name") != name:
+                self._items.append(stream_output(name))
+                self._text_size += ITEM_COST
+            chunks = self._items[-1]["text"]
+            line = chunks.pop() if chunks and not chunks[-1].endswith("\n") else ""
+            room = max(0, TEXT_KEPT - self._text_size + len(line))
+            text = overwrite(line + text)
+            head, newline, line = text[:room].rpartition("\n")  # the open line can be rewritten
             chunks += [part for part in (head + newline, line) if part]
-            self._text_size += len(text[:room])
-        tail = overwrite(self._tail + text[room:]) if text[room:] else self._tail
+            self._text_size = TEXT_KEPT - room + len(text[:room])
+            text = text[room:]
+        tail = overwrite(self._tail + text)
         self.omitted += max(0, len(tail) - TAIL_KEPT)
         self._tail = tail[-TAIL_KEPT:]
 
     def _add_data(self, msg_type: str, content: dict[str, Any]) -> None:
-        data, metadata = content["data"], content.get("metadata") or {}
-        item = {"output_type": "display_data", "data": data, "metadata": metadata}
+        shown = {"data": content["data"], "metadata": content.get("metadata") or {}}
+        item = {"output_type": "display_data", **shown}
         if msg_type == "execute_result":
             item.update(output_type=msg_type, execution_count=content.get("execution_count"))
-        size = ITEM_COST + sum(len(v if isinstance(v, str) else json.dumps(v)) for v in data.values())
+        size = ITEM_COST + len(json.dumps(shown))
         self._data_size += size
         if self._data_size > DATA_KEPT:
-            return self._add_text("stderr", f"[{', '.join(data)}: {size:,} characters not kept]\n")
+            text = f"[{', '.join(content['data'])}: {size:,} characters not kept]\n"
+            return self._add_text("stderr", text)
         if display_id := (content.get("transient") or {}).get("display_id"):
-            shown = self._displays.setdefault(display_id, item)
-            if msg_type == "update_display_data" and shown is not item:
-                shown.update(data=data, metadata=metadata)
-                if any(shown is new for new in self._items[self._mark :]):
+            first = self._displays.setdefault(display_id, item)
+            if msg_type == "update_display_data" and first is not item:
+                first.update(shown)
+                if any(first is new for new in self._items[self._mark :]):
                     return None  # else the caller has an older state: hand it over again
         return self._items.append(item)
 
@@ -404,7 +405,7 @@ def notebook_outputs(items: list[dict[str, Any]], limit: int, note: str) -> list
     if sum(map(len, texts)) <= limit:
         return items
     rest = [item for item in items if set(item.get("data", ())) & set(IMAGE_TYPES)]
-    rest += [{**item, "traceback": []} for item in items if item["output_type"] == "error"]
+    rest += [{**x, "evalue": x["evalue"][:999], "traceback": []} for x in items if "ename" in x]
     return [stream_output("stdout", *shorten(texts, limit, note)), *rest]
 
 
@@ -425,7 +426,7 @@ def render(items: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, str]
             else:
                 most = f"only {IMAGES_SENT} pictures of {IMAGE_BYTES:,} bytes are sent"
                 texts[-1] += f"\n[{mime}, {size:,} bytes, is in the notebook: {most}]"
-    return [text[:-1] if text.endswith("\n") else text for text in texts], images
+    return [text.removesuffix("\n") for text in texts], images
 
 
 INSTALLER = re.compile(r"^(?:pip|conda|mamba|uv)[ \t]+-{0,2}[a-z]", re.M)  # as in the helper
@@ -443,20 +444,46 @@ def settle(code: str) -> tuple[str, str] | None:
     if text[:1] in ("%", "!", "?"):
         return "python", code
     try:
-        flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-        tree = compile(code, "<cell>", "exec", flags, dont_inherit=True)
+        tree = ast.parse(code)  # top-level `await` is left to the kernel
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    if INSTALLER.search(code):
-        return None
-    line = ""
-    if tree.body and isinstance(tree.body[0], ast.Expr):
-        line = code.splitlines()[tree.body[0].lineno - 1].lstrip()
-    word = re.match(r"([A-Za-z_]\w*)(?=[\s;|&<>]|\Z)", line)
-    return None if word and not keyword.iskeyword(word[1]) else ("python", code)
+    first = [ast.get_source_segment(code, x) for x in tree.body[:1] if isinstance(x, ast.Expr)]
+    word = re.match(r"([A-Za-z_]\w*)(?=[\s;|&<>]|\Z)", first[0] or "" if first else "")
+    command = INSTALLER.search(code) or (word and not keyword.iskeyword(word[1]))
+    return None if command else ("python", code)
 
 
 # --- Jupyter server ------------------------------------------------------------------------------
+
+NO_JUPYTER = "this is not a Jupyter server, or the URL lacks a path; check --jupyter-base-url"
+# What stands in the cause of a failure, what kind of error that is, and the cure.
+FAILURES: tuple[tuple[str, type[ServerError], str], ...] = (
+    (r"^(Handshake )?status 40[13]", ServerRefused, "; check the token and its rights"),
+    (r"^status 404.*/kernelspecs$", NotFound, f"; {NO_JUPYTER}"),
+    (r"^(Handshake )?status 404", NotFound, ""),
+    (r"^status 500.* POST \S+/sessions$", ServerError, "; the kernel did not start"),
+    (r"^status", ServerError, ""),
+    (r"^redirect to \S*/hub/", ServerError, "; start this server in the hub, or check its name"),
+    (r"^redirect to \S*login", ServerError, "; check the token and the path of the URL"),
+    (r"^redirect", ServerError, "; give the final URL as --jupyter-base-url"),
+    (r"ProxyError", ServerUnreachable, "; the proxy failed: check HTTPS_PROXY and NO_PROXY"),
+    (r"SSL", ServerUnreachable, "; TLS failure: a private CA needs --ca-bundle FILE"),
+    (r"NameResolution|Name or service", ServerUnreachable, "; unknown host: check the URL"),
+    (r"refused", ServerUnreachable, "; is the server running, and is this its port?"),
+    (r"ConnectTimeout", ServerUnreachable, "; no connection within this time: check the URL"),
+    (r"Timeout", ServerUnreachable, "; no answer within this time: overloaded, or no HTTP(S) port"),
+    (r"", ServerUnreachable, "; call again when the server is back"),
+)
+
+
+def failure(what: str, url: str, cause: Any, status: int | None = None) -> ServerError:
+    """One sentence for a request that failed: what was asked for, the cause, the cure."""
+    reason = cause.args[0] if isinstance(cause, requests.RequestException) and cause.args else cause
+    text = str(getattr(reason, "reason", reason)).partition(" -+-+- ")[0]  # then headers and body
+    text = re.sub(r"^(<.*?>|\w+\(.*?\)): |\s+", " ", text).strip()  # without the connection's repr
+    signs = f"{text} {cause!r} {what}"
+    kind, cure = next((kind, cure) for sign, kind, cure in FAILURES if re.search(sign, signs))
+    return kind(f"{what} failed: {text}{cure}", url, status)
 
 
 class RemoteJupyterClient:
@@ -472,110 +499,70 @@ class RemoteJupyterClient:
     """
 
     def __init__(self, base_url: str, token: str = "", *, ca_bundle: str | None = None) -> None:
-        match = re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^][\s/:?#@]+)(:\d+)?(/[^\s?#]*)?", base_url)
-        if match is None:
-            shown = "" if "@" in base_url or "?" in base_url else f"{base_url!r} is not a server's URL: "
-            raise ConfigError(f"{shown}give http(s)://HOST[:PORT][/PATH], without user, query or token")
+        pattern = r"https?://(\[[0-9a-fA-F:.]+\]|[^][\s/:?#@]+)(:\d+)?(/[^\s?#]*)?"
+        if (match := re.fullmatch(pattern, base_url)) is None:
+            shown = "" if re.search(r"[@?]", base_url) else f" {base_url!r}"
+            raise ConfigError(f"Not a server's URL{shown}: give http(s)://HOST[:PORT][/PATH]")
         self.base_url, self.host = base_url.rstrip("/"), match[1].strip("[]")
         if not re.fullmatch(r"[!-~]*", token):
             raise ConfigError("The token holds white space or other characters that no token has")
         bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-        self.ca_bundle = ca_bundle or bundle or requests.certs.where()  # type: ignore[attr-defined]
+        self.ca_bundle = ca_bundle or bundle or requests.adapters.DEFAULT_CA_BUNDLE_PATH
         if not os.path.exists(self.ca_bundle):
             raise ConfigError(f"The CA bundle {self.ca_bundle!r} does not exist; check --ca-bundle")
+        # A server without a token wants any equal pair, as a sign that we are no web page.
+        no_token = {"X-XSRFToken": "x", "Cookie": "_xsrf=x"}
+        self._auth = {"Authorization": f"token {token}"} if token else no_token
         self._http = requests.Session()
         self._http.trust_env = False  # no ~/.netrc in place of the token; 0.5 ms less a request
         self._http.proxies.update(requests.utils.get_environ_proxies(base_url))
         self._http.verify = self.ca_bundle
+        self._http.headers.update({**self._auth, "Content-Type": "application/json"})
         self._http.mount(base_url, requests.adapters.HTTPAdapter(pool_maxsize=100))
-        self._auth = {"Authorization": f"token {token}"}
-        if not token:  # such a server wants any equal pair, as a sign that we are no web page
-            self._auth = {"X-XSRFToken": "x", "Cookie": "_xsrf=x"}
 
-    def request(
-        self, method: str, path: str, body: Any = None, *, timeout_s: float = HTTP_TIMEOUT_S
-    ) -> Any:
+    def request(self, verb: str, path: str, body: Any = None, max_s: float = HTTP_TIMEOUT_S) -> Any:
         """One request to /api/PATH; the decoded JSON of its answer.
 
         Args:
             body: bytes are sent as they are, anything else as JSON.
-            timeout_s: Seconds of silence from the server.
+            max_s: Seconds of silence from the server.
         Raises:
             ServerError: One of its kinds, or itself for a status that has none.
         """
-        url = f"{self.base_url}/api/{path}"
+        url, limits = f"{self.base_url}/api/{path}", (CONNECT_TIMEOUT_S, max_s)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body)
+        send, what = self._http.request, f"{verb} {url}"
         try:
-            response = self._http.request(
-                method, url, data=data, headers={**self._auth, "Content-Type": "application/json"},
-                timeout=(CONNECT_TIMEOUT_S, timeout_s), allow_redirects=False,
-            )
+            response = send(verb, url, data=data, timeout=limits, allow_redirects=False)
         except requests.RequestException as err:
-            raise ServerUnreachable(self._why(err, timeout_s), url) from err
-        log.debug("%s %s: %d in %s", method, url, response.status_code, response.elapsed)
-        if not response.ok or response.is_redirect:
-            raise self._failed(f"{method} {url}", response)
-        try:
-            return response.json() if response.content else None
-        except ValueError as err:
-            hint = "this is not a Jupyter server, or its URL lacks a path; check --jupyter-base-url"
-            raise ServerError(f"{url} did not answer with JSON: {hint}", url) from err
-
-    def _why(self, err: requests.RequestException, timeout_s: float) -> str:
-        """One sentence for a request without an answer: the cause, then the cure."""
-        cause: Any = err.args[0] if err.args else err
-        cause = getattr(cause, "reason", cause)
-        at, errors = f"the Jupyter server at {self.base_url}", requests.exceptions
-        for kind, text in (
-            (errors.ProxyError, f"The proxy to {at} failed ({cause}); check HTTPS_PROXY, NO_PROXY"),
-            (errors.SSLError, f"TLS failure with {at} ({cause}); a private CA needs --ca-bundle FILE"),
-            (urllib3.exceptions.NameResolutionError, f"Unknown host {self.host!r}; check the URL of {at}"),
-            (errors.ConnectTimeout, f"No connection to {at} in {CONNECT_TIMEOUT_S:g} s; check its URL"),
-            (errors.Timeout, f"No answer from {at} within {timeout_s:g} s; it may be overloaded"),
-        ):
-            if isinstance(err, kind) or isinstance(cause, kind):
-                return text
-        if "refused" in str(cause):
-            return f"Connection refused by {at}; is it running, and is this its port?"
-        return f"The connection to {at} failed ({cause}); call again when it is back"
-
-    @staticmethod
-    def _failed(what: str, response: requests.Response) -> ServerError:
-        status, target = response.status_code, response.headers.get("Location", "").split("?")[0]
+            self._http.close()  # the other kept connections may be as dead as this one
+            raise failure(what, url, err) from err
+        status, answer = response.status_code, None
+        log.debug("%s: %d in %s", what, status, response.elapsed)
+        with contextlib.suppress(ValueError):
+            answer = response.json() if response.content else {}
         if response.is_redirect:
-            hint = "give the final URL as --jupyter-base-url"
-            if "/hub/" in target:
-                hint = "this user's server does not run, or the name is wrong; start it in the hub"
-            elif "login" in target:
-                hint = "the server wants a login; check the token and the path of the URL"
-            return ServerError(f"{what} is redirected to {target}: {hint}", response.url, status)
-        if status in (401, 403):
-            text = f"The Jupyter server refused {what} ({status}); check the token and its rights"
-            return ServerRefused(text, response.url, status)
-        detail = response.reason
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            detail = response.json()["message"] or detail
-        kind = NotFound if status == 404 else ServerError
-        return kind(f"{what} failed: {status} {detail}", response.url, status)
+            target = response.headers["Location"].partition("?")[0]
+            raise failure(what, url, f"redirect to {target}", status)
+        if not response.ok:
+            detail = answer.get("message") if isinstance(answer, dict) else None
+            raise failure(what, url, f"status {status} {detail or response.reason}", status)
+        if answer is None:
+            raise ServerError(f"{url} did not answer with JSON: {NO_JUPYTER}", url)
+        return answer
 
     def kernelspecs(self) -> dict[str, Any]:
-        """{"default": name, "kernelspecs": {name: ...}}: the cheapest request that needs the token."""
-        with contextlib.suppress(NotFound):
-            answer = self.request("GET", "kernelspecs")
-            if isinstance(answer, dict) and isinstance(answer.get("kernelspecs"), dict):
-                return answer
-        raise ServerError(f"{self.base_url} is not the URL of a Jupyter server; check --jupyter-base-url")
+        """{"default": name, "kernelspecs": {name: ...}}: the cheapest request with a token."""
+        answer = self.request("GET", "kernelspecs")
+        if isinstance(answer, dict) and isinstance(answer.get("kernelspecs"), dict):
+            return answer
+        raise ServerError(f"{self.base_url} answers, but {NO_JUPYTER}")
 
     def open_session(self, path: str, kernel_name: str) -> dict[str, Any]:
         """The model of the kernel that is bound to a notebook's path; started if there is none."""
-        kernel = {"name": kernel_name} if kernel_name else {}
-        body = {"path": path, "name": posixpath.basename(path), "type": "notebook", "kernel": kernel}
-        try:
-            return dict(self.request("POST", "sessions", body, timeout_s=KERNEL_TIMEOUT_S)["kernel"])
-        except ServerError as err:
-            if err.status_code == 500:
-                raise KernelError(f"The kernel did not start: {err}") from err
-            raise
+        body: dict[str, Any] = {"path": path, "name": posixpath.basename(path), "type": "notebook"}
+        body |= {"kernel": {"name": kernel_name} if kernel_name else {}}
+        return dict(self.request("POST", "sessions", body, KERNEL_TIMEOUT_S)["kernel"])
 
     def find_kernel(self, path: str) -> str | None:
         """The id of the kernel that is bound to a notebook's path, if there is one."""
@@ -584,10 +571,10 @@ class RemoteJupyterClient:
 
     def kernel(self, kernel_id: str) -> dict[str, Any]:
         """A kernel's model; NotFound if there is no such kernel."""
-        return dict(self.request("GET", f"kernels/{kernel_id}", timeout_s=5.0))
+        return dict(self.request("GET", f"kernels/{kernel_id}", max_s=5.0))
 
     def interrupt(self, kernel_id: str) -> None:
-        self.request("POST", f"kernels/{kernel_id}/interrupt", timeout_s=5.0)
+        self.request("POST", f"kernels/{kernel_id}/interrupt", max_s=5.0)
 
     def restart(self, kernel_id: str) -> None:
         self.request("POST", f"kernels/{kernel_id}/restart")
@@ -597,10 +584,9 @@ class RemoteJupyterClient:
 
     def modified(self, path: str) -> str | None:
         """When a file was last changed, in the server's notation; None without the file."""
-        try:
+        with contextlib.suppress(NotFound):
             return str(self.request("GET", f"contents/{quote(path)}?content=0")["last_modified"])
-        except NotFound:
-            return None
+        return None
 
     def read(self, path: str) -> tuple[str, str]:
         """A text file and its last_modified."""
@@ -617,42 +603,34 @@ class RemoteJupyterClient:
         for part in re.finditer(r"[^/]+", folder):
             self.request("PUT", f"contents/{quote(folder[: part.end()])}", {"type": "directory"})
 
-    def open_websocket(
-        self, kernel_id: str, client_session_id: str, timeout_s: float
-    ) -> websocket.WebSocket:
+    def open_websocket(self, kernel_id: str, session: str, timeout_s: float) -> websocket.WebSocket:
         """A kernel's channels. No redirect is followed: the token goes to this server only.
 
         Raises:
             NotFound: No such kernel. ServerRefused: The token. ServerUnreachable: Anything else.
         """
-        url = f"ws{self.base_url[4:]}/api/kernels/{kernel_id}/channels?session_id={client_session_id}"
+        url = f"ws{self.base_url[4:]}/api/kernels/{kernel_id}/channels?session_id={session}"
         bundle = "ca_cert_path" if os.path.isdir(self.ca_bundle) else "ca_certs"
         # The protocol is asked for as a plain header: websocket-client would refuse a server that
         # knows none, and a second handshake behind a gateway costs the replay.
-        headers = {**self._auth, "Sec-WebSocket-Protocol": SUBPROTOCOL}
-        options = {"header": headers, "redirect_limit": 0, "suppress_origin": True, **self._proxy()}
+        options: dict[str, Any] = {
+            "header": {**self._auth, "Sec-WebSocket-Protocol": SUBPROTOCOL},
+            "redirect_limit": 0, "suppress_origin": True, "timeout": timeout_s,
+        }
+        # The proxy that `requests` uses; if none, a host that is never used: no environment then.
+        proxy = urlsplit(requests.utils.select_proxy(self.base_url, self._http.proxies) or "")
+        options |= {
+            "http_proxy_host": proxy.hostname or "-", "http_proxy_port": proxy.port or 80,
+            "http_no_proxy": [""] if proxy.hostname else ["*"],
+            "http_proxy_auth": (unquote(proxy.username or ""), unquote(proxy.password or "")),
+        }
         ws = websocket.WebSocket(sslopt={bundle: self.ca_bundle}, skip_utf8_validation=True)
         try:
-            ws.connect(url, timeout=timeout_s, **options)  # type: ignore[no-untyped-call]
-        except websocket.WebSocketBadStatusException as err:
-            kinds = {404: NotFound, 401: ServerRefused, 403: ServerRefused}
-            text = f"The server refused the kernel's websocket with status {err.status_code}"
-            raise kinds.get(err.status_code, ServerUnreachable)(text, url, err.status_code) from err
+            ws.connect(url, **options)  # type: ignore[no-untyped-call]
         except (websocket.WebSocketException, OSError) as err:
-            raise ServerUnreachable(f"No websocket to the kernel at {url} ({err})", url) from err
+            status = getattr(err, "status_code", None)
+            raise failure(f"The websocket to the kernel at {url}", url, err, status) from err
         return ws
-
-    def _proxy(self) -> dict[str, Any]:
-        """The proxy that `requests` uses for this server, in websocket-client's words."""
-        proxies, scheme = self._http.proxies, urlsplit(self.base_url).scheme
-        proxy = urlsplit(proxies.get(scheme) or proxies.get("all") or "")
-        if not proxy.hostname:  # a host that is never used; without it the environment would count
-            return {"http_proxy_host": "-", "http_proxy_port": 1, "http_no_proxy": ["*"]}
-        user = (unquote(proxy.username or ""), unquote(proxy.password or ""))
-        return {
-            "http_proxy_host": proxy.hostname, "http_proxy_port": proxy.port or 80, "http_no_proxy": [""],
-            "http_proxy_auth": user if proxy.username else None, "proxy_type": "http",
-        }
 
 
 # --- Kernel --------------------------------------------------------------------------------------
@@ -673,26 +651,37 @@ class Kernel:
         self, client: RemoteJupyterClient, kernel_id: str, on_output: Callable[[Message], None],
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self.client, self.kernel_id, self._on_output, self._tick = client, kernel_id, on_output, tick
+        self.client, self.kernel_id = client, kernel_id
+        self._on_output, self._tick = on_output, tick
         self.client_session_id = CLIENT_PREFIX + uuid.uuid4().hex
         self.language_info: dict[str, Any] = {}
         self.has_helper, self.lost = False, ""  # has_helper: it is IPython
         self._execution_count = 0
         self._ws: websocket.WebSocket | None = None
-        self._binary = self._adopting = False
+        self._binary, self._ours = False, self.client_session_id  # ours: whose output
+        self._heard_at = self._asked_at = 0.0  # a message came, or was sent; REST was asked
         self._requests: dict[str, Request] = {}
 
     @property
     def is_open(self) -> bool:
         return self._ws is not None
 
-    def open(self, timeout_s: float = KERNEL_TIMEOUT_S) -> None:
-        """Connect. Raises KernelDied if there is no such kernel, else a ServerError."""
+    def open(self, *, again: bool = False) -> None:
+        """Connect; `again`: try for RECONNECT_S. Raises KernelDied if it is gone, ServerError."""
         self.drop()
-        try:
-            self._ws = self.client.open_websocket(self.kernel_id, self.client_session_id, timeout_s)
-        except NotFound as err:
-            raise KernelDied(KERNEL_GONE) from err
+        deadline = time.monotonic() + (RECONNECT_S if again else KERNEL_TIMEOUT_S)
+        names = self.kernel_id, self.client_session_id
+        while self._ws is None:
+            try:
+                left_s = max(1.0, deadline - time.monotonic())
+                self._ws = self.client.open_websocket(*names, left_s)
+            except NotFound as err:
+                raise KernelDied(KERNEL_GONE) from err
+            except ServerUnreachable as err:
+                if not again or time.monotonic() > deadline:
+                    raise ServerUnreachable(f"{err}; what ran may go on", err.url) from err
+                self._tick()
+                time.sleep(TICK_S / 2)
         headers = self._ws.getheaders() or {}
         self._binary = headers.get("sec-websocket-protocol") == SUBPROTOCOL
 
@@ -708,37 +697,33 @@ class Kernel:
 
     def close(self) -> None:
         """Close so that nothing is on its way: send Close, then read to the server's Close."""
-        with contextlib.suppress(websocket.WebSocketException, OSError, KernelError):
-            if self._ws is not None:
-                self._ws.send_close()
-                while self._read(1.0):
-                    pass
+        self._transmit(b"\x03\xe8", websocket.ABNF.OPCODE_CLOSE)  # 1000: normal closure
+        with contextlib.suppress(KernelError):
+            self.drain(1.0)
         self.drop()
 
     def greet(self, mark: str) -> str:
         """Learn the kernel's language and what state it is in; install the helper if it is IPython.
 
         States: "fresh" (nothing ran here; from now on it is `mark`), "used" (by somebody else),
-        "restoring" (begun and not finished), "restored" (and nobody was told), "ready". Output that other processes of our kind caused is taken for ours meanwhile: they
-        may have ended while their code goes on, and nobody else would collect it.
+        "restoring" (begun and not finished), "restored" (and nobody was told), "ready". Output that
+        other processes of our kind caused is taken for ours meanwhile: they may have ended while
+        their code goes on, and nobody else would collect it.
         """
-        self._adopting = True
-        try:
-            info = self.wait(self.send({}, "kernel_info_request"))
-            self.language_info = info.get("language_info") or {}
-            self.has_helper = info.get("implementation") == "ipython"
-            greeting = self._greeting(mark)
-            self.wait(greeting)
-        finally:
-            self._adopting = False
+        self._ours = CLIENT_PREFIX
+        info = self.wait(self.send({}, "kernel_info_request"))
+        self.language_info = info.get("language_info") or {}
+        self.has_helper = info.get("implementation") == "ipython"
+        greeting = self._greeting(mark)
+        self.wait(greeting)
+        self._ours = self.client_session_id
         # other kernels tell no more than how much they ran
         return str(greeting.answer.get("state", "ready" if self._execution_count else "fresh"))
 
     def execute(self, code: str, *, silent: bool = False, store_history: bool = True) -> Request:
         """Send one execute_request. Source: Messaging in Jupyter, "Execute"."""
         content = {"code": code, "silent": silent, "store_history": store_history and not silent}
-        content |= {"user_expressions": {}, "allow_stdin": False, "stop_on_error": False}
-        return self.send(content)
+        return self.send({**content, "allow_stdin": False, "stop_on_error": False})
 
     def send(self, content: dict[str, Any], msg_type: str = "execute_request") -> Request:
         """Send one request on the shell channel: once, whatever happens."""
@@ -747,13 +732,9 @@ class Kernel:
         header = {"msg_id": request.msg_id, "msg_type": msg_type, "session": self.client_session_id}
         header |= {"username": "", "date": now(), "version": "5.3"}
         frame = encode("shell", header, content, binary=self._binary)
-        opcode = websocket.ABNF.OPCODE_BINARY if self._binary else websocket.ABNF.OPCODE_TEXT
-        try:
-            if self._ws is not None:
-                self._ws.settimeout(HTTP_TIMEOUT_S)
-                self._ws.send(frame, opcode)
-        except (websocket.WebSocketException, OSError):
-            self.drop()  # `wait` connects again, and finds out whether the kernel took it
+        opcodes = websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY
+        self._transmit(frame, opcodes[self._binary])
+        self._heard_at = time.monotonic()
         return request
 
     def wait(self, request: Request) -> dict[str, Any]:
@@ -770,7 +751,6 @@ class Kernel:
         Source: Messaging in Jupyter, "Execution results", "Kernel status".
         """
         greeting: Request | None = None
-        heard_at = asked_at = time.monotonic()
         while not request.done:
             self._tick()
             if self.lost:
@@ -778,51 +758,39 @@ class Kernel:
             if greeting is not None and greeting.done:
                 raise self._missed(request, greeting)
             try:
-                if self._read(TICK_S):
-                    heard_at = asked_at = time.monotonic()
-                elif time.monotonic() - asked_at > SILENCE_S:
-                    asked_at = time.monotonic()
-                    if self._is_idle(heard_at):
-                        if greeting is not None:
-                            raise ConnectionLost("The kernel is idle, and silent")
-                        greeting = self._greeting(None)
+                if not self._read(TICK_S) and self._is_idle():
+                    if greeting is not None:
+                        raise ConnectionLost("The kernel is idle, and silent")
+                    greeting = self._greeting(None)
             except ConnectionLost as err:
                 log.info("%s", err)
-                self._reopen()
-                greeting, heard_at = self._greeting(None), time.monotonic()
+                self.open(again=True)
+                greeting = self._greeting(None)
         self._requests.pop(request.msg_id, None)
         reply = request.reply or {}
         self._execution_count = reply.get("execution_count") or self._execution_count
         return reply
 
-    def drain(self) -> None:
+    def drain(self, wait_s: float = 0.0) -> None:
         """Read what came between two requests, without waiting. Raises what `wait` does."""
-        while self._read(0):
+        while self._read(wait_s):
             pass
 
     def _greeting(self, mark: str | None) -> Request:
         return self.execute(greeting_code(mark) if self.has_helper else "", silent=True)
 
-    def _reopen(self) -> None:
-        deadline = time.monotonic() + RECONNECT_S
-        while not self.is_open:
-            self._tick()
-            try:
-                self.open(max(1.0, deadline - time.monotonic()))
-            except ServerUnreachable as err:
-                if time.monotonic() > deadline:
-                    text = f"The connection did not come back within {RECONNECT_S:g} s ({err}). The code"
-                    raise ServerUnreachable(f"{text} may go on; call again later", err.url) from err
-                time.sleep(TICK_S / 2)
-
-    def _is_idle(self, heard_at: float) -> bool:
+    def _is_idle(self) -> bool:
         """After silence, over REST: is there a kernel, and has it nothing to do?"""
+        now_s = time.monotonic()
+        if now_s - max(self._heard_at, self._asked_at) < SILENCE_S:
+            return False
+        self._asked_at = now_s
         try:
             state = self.client.kernel(self.kernel_id).get("execution_state")
         except NotFound as err:
             raise KernelDied(KERNEL_GONE) from err
         except ServerError as err:  # away for the moment; and some gateways never tell
-            if isinstance(err, ServerUnreachable) and time.monotonic() - heard_at > RECONNECT_S:
+            if isinstance(err, ServerUnreachable) and now_s - self._heard_at > RECONNECT_S:
                 raise
             return False
         if state == "dead":
@@ -834,8 +802,8 @@ class Kernel:
         count = (greeting.reply or {}).get("execution_count") or 0
         if greeting.answer.get("state", "ready") != "ready" or count < self._execution_count:
             return KernelDied("The kernel was restarted.")
-        took = greeting.answer.get("last") == request.msg_id or count > self._execution_count
-        request.heard = request.heard or took
+        request.heard |= count > self._execution_count
+        request.heard |= greeting.answer.get("last") == request.msg_id
         text = "the kernel had not taken the code. Call again"
         if request.heard:
             text = "the code has ended, but output is missing and whether it failed is not known"
@@ -850,17 +818,25 @@ class Kernel:
             opcode, frame = self._ws.recv_data()
             if opcode == websocket.ABNF.OPCODE_CLOSE:
                 raise ConnectionLost("closed by the server")
-            if len(frame) < PONG_BELOW:
-                self._ws.settimeout(HTTP_TIMEOUT_S)
-                with contextlib.suppress(websocket.WebSocketException, OSError):
-                    self._ws.pong()
         except (websocket.WebSocketTimeoutException, BlockingIOError, ssl.SSLWantReadError):
             return False
         except (ConnectionLost, websocket.WebSocketException, OSError) as err:
             self.drop()
             raise ConnectionLost(f"The websocket broke ({err})") from err
+        if len(frame) < PONG_BELOW:
+            self._transmit(b"", websocket.ABNF.OPCODE_PONG)
+        self._heard_at = time.monotonic()
         self._take(decode(frame, binary=self._binary))
         return True
+
+    def _transmit(self, frame: bytes, opcode: int) -> None:
+        """Send one frame. If that fails, the next `_read` says so, and `wait` connects again."""
+        with contextlib.suppress(websocket.WebSocketException, OSError):
+            if self._ws is not None:
+                self._ws.settimeout(HTTP_TIMEOUT_S)
+                self._ws.send(frame, opcode)
+                return
+        self.drop()  # never half a frame, then another
 
     def _take(self, message: Message) -> None:
         """Sort one message; nothing waits in here."""
@@ -871,8 +847,7 @@ class Kernel:
             raise KernelDied("The kernel was shut down or restarted by somebody.")
         if (request := self._requests.get(parent.get("msg_id", ""))) is not None:
             request.note(message)
-        session = parent.get("session") or ""
-        ours = session.startswith(CLIENT_PREFIX if self._adopting else self.client_session_id)
+        ours = (parent.get("session") or "").startswith(self._ours)
         if ours and message.channel == "iopub":  # others' are skipped: a person may work here, too
             self._on_output(message)
 
@@ -984,8 +959,8 @@ def was_run(cell: dict[str, Any]) -> bool:
 
 BUSY = """The kernel was busy with code that this server process did not start. What that printed \
 before is in {} as far as it was saved, and whether it failed is not known"""
-RATE_LIMITED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or write \
-to a file and read parts of it; or start the server with higher limits, \
+RATE_LIMITED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or \
+write to a file and read parts of it; or start the server with higher limits, \
 --ZMQChannelsWebsocketConnection.iopub_data_rate_limit=1e10 and .iopub_msg_rate_limit=1e10"""
 STATES = {
     "fresh": "The kernel of {} was gone: it starts empty",
@@ -995,7 +970,7 @@ STATES = {
 STILL = """Still {0} after {1:g} s; nothing is lost, it goes on. execute_code with code="" and \
 session_id={2} waits for the rest, interrupt_execution with session_id={2} stops it"""
 NOT_RUN = """Not run: earlier code was still running after {1:g} s. execute_code with code="" and \
-session_id={2} waits for it, interrupt_execution with session_id={2} stops it; then send this again"""
+session_id={2} waits for it, interrupt_execution with session_id={2} stops it; then send it again"""
 
 
 class Run:
@@ -1178,7 +1153,7 @@ class Session:
         return next(waiting, None)
 
     def _perform(self, run: Run) -> None:
-        """Take one run to its end. Every failure becomes a part of its result: here, nowhere else."""
+        """Take one run to its end. Every failure becomes a part of its result, here only."""
         try:
             try:
                 self._connect(run)
@@ -1225,13 +1200,18 @@ class Session:
             self._save(run)
 
     def _forget(self) -> None:
-        if (kernel := self.kernel) is not None:
+        """Let go of a dead kernel. What it had not taken must not run in the kernel after it: that
+        one is deleted before it is up, as soon as the server has begun it (until then it says 500).
+        """
+        if (kernel := self.kernel) is not None and kernel.kernel_id:
             kernel.drop()
             kernel.lost = kernel.lost or KERNEL_GONE
-            if kernel.owes:  # that must not run in the kernel after it
+            for _ in range(30 if kernel.owes else 0):
                 with contextlib.suppress(ServerError):
                     self.client.delete(kernel.kernel_id)
-                kernel.kernel_id = ""
+                    kernel.kernel_id = ""
+                    break
+                time.sleep(0.1)
 
     def _connect(self, run: Run) -> None:
         """Make sure of a live kernel that has the session's state."""
@@ -1262,9 +1242,9 @@ class Session:
             self.kernel.open()
             state = self.kernel.greet(mark)
         spec = self._owner.specs.get(model["name"], {}).get("spec", {})
-        names = {"name": model["name"], **{k: spec.get(k, "") for k in ("display_name", "language")}}
+        names = {key: spec.get(key, "") for key in ("display_name", "language")}
         # As JupyterLab writes them; else Lab takes the notebook for changed as soon as it opens it.
-        self._notebook.metadata.setdefault("kernelspec", names)
+        self._notebook.metadata.setdefault("kernelspec", {**names, "name": model["name"]})
         self._notebook.metadata.setdefault("language_info", self.kernel.language_info)
         if state == "fresh" and cells and self.settings.restore:
             return self._restore(run, self.kernel, cells)
@@ -1276,7 +1256,7 @@ class Session:
     def _find_kernel(self) -> dict[str, Any]:
         """The model of this session's kernel: the last one, else the notebook's, else a new one."""
         model: dict[str, Any] = {}
-        if self.kernel and self.kernel.kernel_id:  # a bare gateway does not give a path's kernel twice
+        if self.kernel and self.kernel.kernel_id:  # a bare gateway gives a path's kernel once
             with contextlib.suppress(NotFound):
                 model = self.client.kernel(self.kernel.kernel_id)
         if not model:
@@ -1306,10 +1286,11 @@ class Session:
                 return self._connect(run)  # once more, without the cell that killed the kernel
             if reply.get("status") != "ok" or request.answer.get("error"):
                 failed.append(str(cells.index(again[number]) + 1))
-        text = f"Session {self.session_id} was restored, its kernel was gone: {len(again)} cells of "
-        text += f"{self.path} ran again in {time.monotonic() - started:.1f} s; "
+        name, took, gone = self.session_id, time.monotonic() - started, len(self._deadly)
+        text = f"Session {name} was restored, its kernel was gone: {len(again)} cells of "
+        text += f"{self.path} ran again in {took:.1f} s; "
         text += f"failed: cells {', '.join(failed)}" if failed else "none failed"
-        text += f"; left out, for they killed the kernel: {len(self._deadly)}" if self._deadly else ""
+        text += f"; left out, for they killed the kernel: {gone}" if gone else ""
         return run.notes.append(text)
 
     @staticmethod
@@ -1363,7 +1344,7 @@ class Session:
             self._notebook.save({**cell, "metadata": {"execution": run.timing}})
         except (NotebookError, ServerError) as err:
             if run.stage == "saving":
-                run.fail(f"The code ran, but its cell is not saved: {err}. The next call tries again")
+                run.fail(f"The cell is not saved: {err}. The next call tries again")
 
     def _stop(self, run: Run) -> None:
         """Interrupt a run; once more if it goes on, for the kernel may not have begun it yet."""
@@ -1419,7 +1400,8 @@ class Interpreter:
     def _below_root(self, folder: str) -> str:
         """An absolute folder, relative to the server's root. Only a kernel knows where that is."""
         body = {"path": "", "name": self.settings.kernel_name or None}
-        kernel = Kernel(self.client, self.client.request("POST", "kernels", body)["id"], lambda message: None)
+        kernel_id = self.client.request("POST", "kernels", body)["id"]
+        kernel = Kernel(self.client, kernel_id, lambda message: None)
         try:
             kernel.open()
             kernel.greet("ready")
@@ -1427,31 +1409,34 @@ class Interpreter:
             kernel.wait(request)
             return str(request.answer.get("folder", ".."))
         except KernelError as err:
-            raise ConfigError(f"Cannot find {folder!r} ({err}); give it relative to the root") from err
+            raise ConfigError(f"Where is {folder!r}? ({err}) Give it relative to the root") from err
         finally:
             kernel.drop()
-            self.client.delete(kernel.kernel_id)
+            self.client.delete(kernel_id)
 
 
-# --- Bash --------------------------------------------------------------------------------------------
+# --- Bash ----------------------------------------------------------------------------------------
 
 HELPER_VERSION = 1  # raised with each change of HELPER: a newer helper replaces an older one
 
-# Lives in the kernel as a module of its own, so nothing of it is in the user's namespace; runs on the
-# kernel's Python, 3.6 or later. Its answers travel in the payload of the execute_reply, which no other
-# client sees. What commands print goes out as stream messages, whatever became of sys.stdout.
+# Lives in the kernel as a module of its own, so nothing of it is in the user's namespace; runs on
+# the kernel's Python, 3.6 or later. Its answers travel in the execute_reply's payload, which no
+# other client sees. What commands print goes out as stream messages, whatever became of sys.stdout.
 HELPER = r'''
 import ast, builtins, codecs, contextlib, keyword, os, re, selectors, shlex, shutil, signal
 import subprocess, sys, tempfile, threading, time, warnings
 from IPython import get_ipython
-state = last = None  # last: msg_id of the newest call of run
 INSTALLER = re.compile(r"^(pip|conda|mamba|uv)(?=[ \t]+-{0,2}[a-z])", re.M)
-COMMENTS = re.compile(r"(?:\s+|#[^\n]*)*")
-# What may stand before the first word of a script: comments, NAME=value, opening brackets.
-PREFIX = re.compile(r"(?:\s+|\#[^\n]*|[;&|(]|\{(?=\s)|[A-Za-z_]\w*\+?=(?:\([^()]*\)|'[^']*'"
-    r"|\"(?:\\.|[^\"\\])*\"|\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`|\\.|[^\s;&|<>()'\"`\\])*(?=[\s;&|]|\Z))*")
+# What may stand before a script's first word: comments, > file, NAME=value, opening brackets.
+PREFIX = re.compile(r"""(?:\s+|\#[^\n]*|[;&|(]|>>?[ \t]*[\w./~-]+(?=\s+\S)|\{(?=\s)|[A-Za-z_]\w*\+?=
+    (?:\([^()]*\)|'[^']*'|"(?:\\.|[^"\\])*"|\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`|\\.
+    |[^\s;&|<>()'"`\\])*(?=[\s;&|]|\Z))*""", re.X)
+PYTHON_ONLY = {"", "print", *keyword.kwlist} - {"for", "if", "while"}  # as first words
 QUIET = dict(TERM="dumb", NO_COLOR="1", PAGER="cat", GIT_PAGER="cat", MANPAGER="cat", EDITOR="true",
     VISUAL="true", GIT_EDITOR="true", GIT_TERMINAL_PROMPT="0")
+# At its end the shell notes where it is and what it exports, with nothing but builtins.
+NOTE = ('{ status=$?; set +eux; } 2>/dev/null; { printf "%s\\0" "$PWD"; compgen -e | '
+    'while IFS= read -r n; do printf "%s=%s\\0" "$n" "${!n-}"; done; } 2>/dev/null >| ')
 def answer(**fields):
     get_ipython().payload_manager.write_payload(dict(fields, source=__name__))
 def hello(mark):
@@ -1465,174 +1450,151 @@ def restored():
     state = "restored"
 def relative(folder):
     answer(folder=os.path.relpath(os.path.realpath(folder), os.path.realpath(os.getcwd())))
-def as_python(shell, code, runs):
-    """The cell to run as Python, or None: it is bash."""
+def as_python(code, runs):  # the cell to run as Python, or None: it is bash
+    shell, tree = get_ipython(), None
     def magic(match):
-        return "%" * (match[1] not in shell.user_ns and shell.find_line_magic(match[1]) is not None) + match[1]
-    tree = None
+        found = match[1] not in shell.user_ns and shell.find_line_magic(match[1])
+        return "%" * bool(found) + match[1]
     for cell in (INSTALLER.sub(magic, code), code):
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError), warnings.catch_warnings():
+        with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            text = cell if cell.lstrip()[:1] in "/,;" else shell.input_transformer_manager.transform_cell(cell)
+            escaped = cell.lstrip()[:1] in "/,;"
+            text = cell if escaped else shell.input_transformer_manager.transform_cell(cell)
             flags = ast.PyCF_ONLY_AST | getattr(ast, "PyCF_ALLOW_TOP_LEVEL_AWAIT", 0)
             tree = compile(text, "<cell>", "exec", flags, True)
-            break
-    if tree is not None:
-        word = re.match(r"([A-Za-z_]\w*)(?=[\s;|&<>]|\Z)", code[COMMENTS.match(code).end():])
-        known = word and (word[1] in shell.user_ns or hasattr(builtins, word[1]) or keyword.iskeyword(word[1]))
-        if cell != code or not word or known or not isinstance(tree.body[0], ast.Expr):
-            return cell
-        return None if runs(word[1]) else cell
-    rest = code[PREFIX.match(code).end():]
-    word = re.match(r"[^\s;|&<>()]+", rest)
-    if not word or word[0] == "print" or re.match(r"\S+[ \t]+=", rest):
-        return code
-    if keyword.iskeyword(word[0]) and word[0] not in ("if", "for", "while"):
-        return code
-    function = re.match(r"[\w.:-]+[ \t]*\([ \t]*\)", rest)
-    return None if runs("" if function or word[0][0] == "$" else word[0]) else code
+            if not re.search("^%", text, re.M):  # else a line within a string was taken for one
+                break
+    if tree is None:
+        rest = code[PREFIX.match(code).end():]
+        runs_always = re.match(r"[$>]|[\w.:-]+[ \t]*\([ \t]*\)", rest)  # $x, > file, a function
+        word = ":" if runs_always else re.match(r"[^\s;|&<>()]*", rest)[0]
+        python = word in PYTHON_ONLY or re.match(r"\S+[ \t]+=", rest)
+    else:
+        match = re.match(r"(?:\s|#.*\n)*([A-Za-z_]\w*)(?=[\s;|&<>]|\Z)", code)
+        word = match and match[1]
+        python = cell != code or not word or not isinstance(tree.body[0], ast.Expr)
+        python = python or word in {*keyword.kwlist, *vars(builtins), *shell.user_ns}
+    return cell if python or not runs(word) else None
 def environment():
-    env = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR")}
-    paths = env.get("PATH", os.defpath).split(os.pathsep)
-    here = os.path.dirname(sys.executable)  # so that python and pip are the kernel's own
-    return dict(env, PATH=os.pathsep.join(([] if here in paths else [here]) + paths), **QUIET)
-def pump(pipe, send, running):
-    """Pass on what comes, until the pipe's end, or until nothing is there and bash has ended."""
-    decode, held, sent_at = codecs.getincrementaldecoder("utf-8")("replace").decode, "", 0
+    loud = ("FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR")
+    env = {name: value for name, value in os.environ.items() if name not in loud}
+    here, path = os.path.dirname(sys.executable), env.get("PATH", os.defpath)
+    if here not in path.split(os.pathsep):  # so that python and pip are the kernel's own
+        path = here + os.pathsep + path
+    return dict(env, PATH=path, **QUIET)
+def run(code, ask):  # ask: if it is Python, answer with the cell instead
+    global last
+    kernel = get_ipython().kernel
+    parent = kernel.get_parent("shell") if hasattr(kernel, "get_parent") else kernel._parent_header
+    last = parent["header"]["msg_id"]
+    bash, env, null = shutil.which("bash"), environment(), subprocess.DEVNULL
+    script = code.replace("\r\n", "\n").replace("\0", "").encode("utf-8", "replace")
+    def runs(word):  # can bash parse the script and run this word?
+        test = [bash, "-c", '"$BASH" -n && type -- "$1"', "", os.path.expanduser(word.strip("\"'"))]
+        options = dict(env=env, input=script, stdout=null, stderr=null)
+        return bash and subprocess.run(test, **options).returncode == 0
+    def send(text):
+        stream = dict(name="stdout", text=text)
+        kernel.session.send(kernel.iopub_socket, "stream", stream, parent, b"stream.stdout")
+    cell = as_python(code, runs) if ask else None
+    if cell is not None:
+        answer(cell=cell)
+    elif not bash:
+        answer(error="There is no bash on the machine where the kernel runs: use Python")
+    else:
+        with tempfile.NamedTemporaryFile(buffering=0) as file:  # the script, later the shell's note
+            file.write(script)
+            status = execute(bash, env, shlex.quote(file.name), send)
+            with contextlib.suppress(OSError, ValueError):
+                file.seek(0)
+                hand_over(env, os.fsdecode(file.read()))
+        answer(error=meaning(status))
+def execute(bash, env, path, send):  # to its end; the status, None if it was interrupted
+    try:
+        os.getcwd()
+    except OSError:
+        os.chdir(os.path.expanduser("~"))
+        send("[the working directory was deleted; now in %s]\n" % os.getcwd())
+    note = NOTE + path  # by a trap, too: the script may `exit`, or set a trap of its own
+    command = 'trap %s EXIT; eval "$(<%s)"; %s; exit "$status"' % (shlex.quote(note), path, note)
+    process = subprocess.Popen([bash, "-c", command, "bash"], env=env, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        end = pump(process.stdout, send, lambda: process.poll() is None)
+        status = process.wait()
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGKILL):  # as Ctrl-C does, then for certain
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(1)
+        end, status = pump(process.stdout, send, lambda: False), None
+    if end:
+        process.stdout.close()
+    else:  # a child in the background: what it prints comes with the next call
+        late = (process.stdout, send, lambda: True)
+        threading.Thread(target=pump, args=late, daemon=True).start()
+    return status
+def pump(pipe, send, running):  # until its end, or until nothing is there and bash has ended
+    decode, held, due = codecs.getincrementaldecoder("utf-8")("replace").decode, "", 0
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
             alive = running()
             ready = selector.select(0.05 if alive else 0)
             data = os.read(pipe.fileno(), 65536) if ready else b""
-            end = bool(ready) and not data
-            held += decode(data, end or not (ready or alive))
-            # in few messages: the server's limit is 1,000 a second
-            if held and (end or not ready or len(held) > 200000 or time.monotonic() > sent_at + 0.05):
+            done = not data and bool(ready or not alive)
+            held += decode(data, done)
+            if held and (not data or len(held) > 200000 or time.monotonic() > due):
                 send(held)
-                held, sent_at = "", time.monotonic()
-            if end or not (ready or alive):
-                return end
-def run(code, ask):
-    """Run a script; with `ask`, if it is Python, answer with the cell instead."""
-    global last
-    kernel = get_ipython().kernel
-    parent = kernel.get_parent("shell") if hasattr(kernel, "get_parent") else kernel._parent_header
-    last = parent["header"]["msg_id"]
-    bash, env = shutil.which("bash"), environment()
-    with tempfile.TemporaryDirectory() as folder:
-        script, after = os.path.join(folder, "script"), os.path.join(folder, "after")
-        with open(script, "w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(code.replace("\r\n", "\n"))
-        def runs(word):  # can bash parse the script and run its first word?
-            test = 'bash -n "$1" && { [ -z "$2" ] || type -- "$2"; }'
-            command = [bash, "-c", test, "bash", script, os.path.expanduser(word.strip("\"'"))]
-            return bash and not subprocess.run(command, env=env, stdin=-3, stdout=-3, stderr=-3).returncode
-        cell = as_python(get_ipython(), code, runs) if ask else None
-        if cell is not None:
-            answer(cell=cell)
-        elif not bash:
-            answer(error="There is no bash on the machine where the kernel runs: use Python")
-        else:
-            answer(error=execute(kernel, parent, bash, env, script, after))
-def execute(kernel, parent, bash, env, script, after):
-    """Run bash to its end; what became of it, "" if all is well."""
-    def send(text):
-        content = dict(name="stdout", text=text)
-        kernel.session.send(kernel.iopub_socket, "stream", content, parent=parent, ident=b"stream.stdout")
-    try:
-        os.getcwd()
-    except OSError:
-        os.chdir(os.path.expanduser("~"))
-        send("[the working directory was deleted; now in %s]\n" % os.getcwd())
-    # At its end the shell notes where it is and what it exports, with nothing but builtins.
-    trap = ('{ set +eux; } 2>/dev/null; { printf "%%s\\0" "$PWD"; compgen -e | while IFS= read -r n; do '
-            'printf "%%s=%%s\\0" "$n" "${!n-}"; done; } 2>/dev/null >| %s' % shlex.quote(after))
-    command = "trap %s EXIT; eval \"$(<%s)\"" % (shlex.quote(trap), shlex.quote(script))
-    process = subprocess.Popen([bash, "-c", command, "bash"], env=env, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        end = pump(process.stdout, send, lambda: process.poll() is None)
-        status = process.wait()
-    except KeyboardInterrupt:  # as Ctrl-C does, then for certain
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)
-            os.killpg(process.pid, signal.SIGKILL)
-        end, status = pump(process.stdout, send, lambda: False), None
-    if end:
-        process.stdout.close()
-    else:  # a child in the background: what it prints comes with the next call
-        threading.Thread(target=pump, args=(process.stdout, send, lambda: True), daemon=True).start()
-    with contextlib.suppress(OSError):
-        hand_over(env, after)
-    number = -status if (status or 0) < 0 else (status or 0) - 128
-    if status is None:
-        return "KeyboardInterrupt: the command was stopped, with its children"
-    if number in [each.value for each in signal.Signals]:
-        return "Command was killed by %s (exit status %d)" % (signal.Signals(number).name, 128 + number)
-    return "Command exited with status %d" % status if status else ""
-def hand_over(before, path):
-    """Take over the working directory of the shell and the exports that it changed."""
-    with open(path, "rb") as file:
-        folder, *pairs = os.fsdecode(file.read()).split("\0")[:-1]
+                held, due = "", time.monotonic() + 0.05  # the server takes 1,000 messages a s
+            if done:
+                return bool(ready)
+def hand_over(before, note):  # the working directory of the shell and the exports it changed
+    folder, *pairs = note.split("\0")[:-1]
     exports = dict(pair.split("=", 1) for pair in pairs)
-    for name in (set(before) | set(exports)) - {"_", "SHLVL"}:
+    for name in {*before, *exports} - {"_", "SHLVL"}:
         if name not in exports:
             os.environ.pop(name, None)
         elif exports[name] != before.get(name):
             os.environ[name] = exports[name]
     os.chdir(folder)
+def meaning(status):  # "" if all is well
+    if status is None:
+        return "KeyboardInterrupt: the command was stopped, with its children"
+    number = -status if status < 0 else status - 128
+    if number in [each.value for each in signal.Signals]:
+        name = signal.Signals(number).name
+        return "Command was killed by %s (exit status %d)" % (name, 128 + number)
+    return "Command exited with status %d" % status if status else ""
 '''
 
 # Statements and `import` only: names like `exec` may be variables of the user here.
-INSTALL = f"""def {HELPER_NAME}():
+CALL = f"try:\n    import {HELPER_NAME}\n    {HELPER_NAME}.%s\nfinally:\n    del {HELPER_NAME}\n"
+INSTALL = f"""class {HELPER_NAME}:
     import builtins, sys, types
     old = sys.modules.get({HELPER_NAME!r})
     if old is None or old.version < {HELPER_VERSION}:
         new = types.ModuleType({HELPER_NAME!r})
+        new.version, new.state, new.last = {HELPER_VERSION}, old and old.state, old and old.last
         builtins.exec(builtins.compile({HELPER!r}, {HELPER_NAME!r}, "exec"), new.__dict__)
-        new.version = {HELPER_VERSION}
-        if old is not None:
-            new.state, new.last = old.state, old.last
         sys.modules[{HELPER_NAME!r}] = new
-    sys.modules[{HELPER_NAME!r}].hello(MARK)
-try:
-    {HELPER_NAME}()
-finally:
-    del {HELPER_NAME}
 """
-
-
-def greeting_code(mark: str | None) -> str:
-    """Code that installs the helper if it is missing or older, and lets it tell the kernel's state."""
-    return INSTALL.replace("hello(MARK)", f"hello({mark!r})")
 
 
 def helper_code(call: str) -> str:
     """Code that calls a function of the helper."""
-    return f"try:\n    import {HELPER_NAME}\n    {HELPER_NAME}.{call}\nfinally:\n    del {HELPER_NAME}\n"
+    return CALL % call
+
+
+def greeting_code(mark: str | None) -> str:
+    """Code that installs the helper if it is missing or older; it tells the kernel's state."""
+    return INSTALL + helper_code(f"hello({mark!r})")
 
 
 # --- Tools ---------------------------------------------------------------------------------------
 
-EXECUTE_TEXT = """Run Python or bash on the remote Jupyter server; nothing runs on this machine.
-
-State lasts: pass the returned session_id to keep variables, imports, working directory and exported \
-variables; 0 opens a new session. A session is a notebook on the server.
-Python is an IPython cell: the last expression's value is returned, plots come back as images, \
-`%pip install` works. Bash is recognised (`ls -la`, `git status`, whole scripts); %%bash on the first \
-line forces it. What could be either is Python. input() is not available.
-timeout: seconds this call waits, not how long the code may run; 0 starts it and returns at once. \
-Then the code runs on: empty code with the same session_id waits for the rest, interrupt_execution \
-stops it.
-error: empty if all went well, else the traceback, or what happened and what to do. If a kernel is \
-lost, the next call runs the session's cells again."""
-INTERRUPT_TEXT = """Stop what runs in a session and return the rest of its output; variables stay. If \
-the code ignores that, restart=True restarts the kernel and runs the session's cells again."""
-STUBBORN = """The code did not stop within {:g} s, it may ignore interrupts: interrupt_execution with \
-session_id={} and restart=True restarts the kernel and runs the session's cells again"""
+STUBBORN = """The code did not stop within {:g} s, it may ignore interrupts: interrupt_execution \
+with session_id={} and restart=True restarts the kernel and runs the session's cells again"""
 
 
 class CodeResult(TypedDict):  # no docstring: it would be sent with each list of tools
@@ -1655,21 +1617,21 @@ class Stdin(io.FileIO):
 
 def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
     """The MCP server with its tools, for the SDK's 1.x and 2.x alike."""
+    from inspect import getdoc
+
     from mcp.types import CallToolResult
     from pydantic import Field
 
     modern = importlib.util.find_spec("mcp.server.mcpserver") is not None
     sdk: Any = importlib.import_module("mcp.server.mcpserver" if modern else "mcp.server.fastmcp")
     server = (sdk.MCPServer if modern else sdk.FastMCP)(PROGRAM, log_level="WARNING")
-    lowlevel = server._lowlevel_server if modern else server._mcp_server
-    lowlevel.version = __version__
+    (server._lowlevel_server if modern else server._mcp_server).version = __version__
 
     def tool_result(outcome: Result) -> CallToolResult:
-        structure = outcome.as_dict()
-        content = [{"type": "text", "text": json.dumps(structure, ensure_ascii=False)}]
-        content += [{"type": "image", "data": data, "mimeType": mime} for mime, data in outcome.images]
-        whole = {"content": content, "structuredContent": structure, "isError": outcome.not_run}
-        return CallToolResult.model_validate(whole)
+        content = [{"type": "text", "text": json.dumps(outcome.as_dict(), ensure_ascii=False)}]
+        content += [{"type": "image", "mimeType": m, "data": data} for m, data in outcome.images]
+        whole = {"structuredContent": outcome.as_dict(), "isError": outcome.not_run}
+        return CallToolResult.model_validate({"content": content, **whole})
 
     async def wait_for(session: Session, run: Run, timeout_s: float, ctx: Any) -> None:
         """Wait for a run as long as the call may, and tell the client meanwhile."""
@@ -1685,12 +1647,27 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
                 session.cancel(run)
             raise
 
+    # The docstrings of the tools are what the model reads.
+
     async def execute_code(
-        code: str,
-        ctx: sdk.Context,
+        code: str, ctx: sdk.Context,
         session_id: Annotated[int, Field(ge=0, le=MAX_SESSION_ID)] = 0,
         timeout: Annotated[float, Field(ge=0)] | None = None,
     ) -> Annotated[CallToolResult, CodeResult]:
+        """Run Python or bash on the remote Jupyter server; nothing runs on this machine.
+
+        State lasts: pass the returned session_id to keep variables, imports, working directory and
+        exported variables; 0 opens a new session. A session is a notebook on the server.
+        Python is an IPython cell: the last expression's value is returned, plots come back as
+        images, `%pip install` works. Bash is recognised (`ls -la`, `git status`, whole scripts);
+        %%bash on the first line forces it. What could be either is Python. input() is not
+        available.
+        timeout: seconds this call waits, not how long the code may run; 0 starts it and returns at
+        once. Then the code runs on: empty code with the same session_id waits for the rest,
+        interrupt_execution stops it.
+        error: empty if all went well, else the traceback, or what happened and what to do. If a
+        kernel is lost, the next call runs the session's cells again.
+        """
         timeout_s = interpreter.settings.timeout_s if timeout is None else timeout
         session = interpreter.session(session_id)
         run = session.submit(code)
@@ -1698,10 +1675,14 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
         return tool_result(session.collect(run, timeout_s))
 
     async def interrupt_execution(
-        session_id: Annotated[int, Field(ge=1, le=MAX_SESSION_ID)],
-        ctx: sdk.Context,
+        session_id: Annotated[int, Field(ge=1, le=MAX_SESSION_ID)], ctx: sdk.Context,
         restart: bool = False,
     ) -> Annotated[CallToolResult, CodeResult]:
+        """Stop what runs in a session and return the rest of its output; variables stay.
+
+        If the code ignores that, restart=True restarts the kernel and runs the session's cells
+        again.
+        """
         session, started = interpreter.session(session_id), time.monotonic()
         try:
             if not await asyncio.to_thread(session.interrupt):
@@ -1719,19 +1700,16 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
             outcome.error[-1] = STUBBORN.format(INTERRUPT_S, session_id)
         return tool_result(outcome)
 
-    server.add_tool(execute_code, description=EXECUTE_TEXT)
-    server.add_tool(interrupt_execution, description=INTERRUPT_TEXT)
+    for tool in (execute_code, interrupt_execution):
+        server.add_tool(tool, description=getdoc(tool))
     return server
 
 
 def serve(interpreter: Interpreter) -> None:
-    """Serve MCP on stdin and stdout until stdin ends; then save what runs."""
+    """Serve MCP on stdin and stdout until stdin ends."""
     stdin = Stdin(os.dup(0))  # a duplicate, or SDK 2.x would read past this object
     sys.stdin = io.TextIOWrapper(io.BufferedReader(stdin), encoding="utf-8", errors="replace")
-    try:
-        make_server(interpreter, stdin).run("stdio")
-    finally:
-        interpreter.close()
+    make_server(interpreter, stdin).run("stdio")
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -1740,64 +1718,56 @@ def serve(interpreter: Interpreter) -> None:
 def read_env_file(path: str = ".env") -> dict[str, str]:
     """NAME=value lines of a file; quotes around a value and `export` before a name may be there."""
     line = r"""^\s*(?:export\s+)?(\w+)\s*=\s*(?:'([^'\n]*)'|"([^"\n]*)"|([^\n]*?))\s*?(?:\s#.*)?$"""
-    with contextlib.suppress(OSError):
-        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-        return {m[1]: m[2] or m[3] or m[4] or "" for m in re.finditer(line, text, re.M)}
-    return {}
-
-
-def seconds(text: str) -> float:
-    if not 0 <= float(text) < 1e9:
-        raise ValueError
-    return float(text)
-
-
-def positive(text: str) -> int:
-    if not 0 < int(text) <= MAX_SESSION_ID:
-        raise ValueError
-    return int(text)
+    readable = os.path.isfile(path) and os.access(path, os.R_OK)
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace") if readable else ""
+    return {m[1]: m[2] or m[3] or m[4] or "" for m in re.finditer(line, text, re.M)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; what is not given comes from the environment, then from .env."""
     about = "MCP server: Python and bash on a remote Jupyter server, over stdio."
-    names = "JUPYTER_BASE_URL, JUPYTER_TOKEN, NOTEBOOKS_FOLDER, else JUPYTER_INTERPRETER_ and the flag"
-    more = f"Defaults come from environment variables, and theirs from .env: {names} (_TIMEOUT, ...)."
+    names = "JUPYTER_BASE_URL, JUPYTER_TOKEN, NOTEBOOKS_FOLDER, JUPYTER_INTERPRETER_TIMEOUT, ..."
+    more = f"Defaults come from environment variables, and theirs from .env: {names}"
     parser = argparse.ArgumentParser(prog=PROGRAM, description=about, epilog=more)
     add = parser.add_argument
-    add("--jupyter-base-url", metavar="URL", help="the Jupyter server: http(s)://HOST[:PORT][/PATH]")
+    add("--jupyter-base-url", metavar="URL", help="the server: http(s)://HOST[:PORT][/PATH]")
     add("--jupyter-token", metavar="TOKEN", default="", help="its token")
-    add("--notebooks-folder", metavar="DIR", default="notebooks", help="where the sessions' notebooks "
-        "are: on the server, relative to its root directory or absolute (default: notebooks)")
+    add("--notebooks-folder", metavar="DIR", default="notebooks", help="on the server (notebooks)")
     add("--kernel-name", metavar="NAME", default="", help="kernel to start (default: the server's)")
-    add("--timeout", metavar="SECONDS", type=seconds, default=50.0, help="a call's wait (default: 50)")
-    add("--max-output", metavar="CHARS", type=positive, default=50_000, help="of a result (50000)")
+    add("--timeout", metavar="SECONDS", type=float, default=50.0, help="a call's wait (50)")
+    add("--max-output", metavar="CHARS", type=int, default=50_000, help="of a result (50000)")
     add("--no-restore", action="store_true", help="start empty when a session's kernel is gone")
     add("--ca-bundle", metavar="FILE", help="certificates to trust, for HTTPS and WSS")
-    add("--local", metavar="DIR", nargs="?", const=".", help="start a Jupyter server on this machine, "
-        "with root directory DIR (default: .); needs the extra `local`")
+    add("--local", metavar="DIR", nargs="?", const=".", help="start a server here, root DIR (.)")
     add("--execute", metavar="CODE", help="run one cell (- reads stdin), print its result and exit")
-    add("--session-id", metavar="N", type=positive, default=0, help="with --execute: its session")
+    add("--session-id", metavar="N", type=int, default=0, help="with --execute: its session")
     add("--verbose", action="store_true", help="log each request to stderr")
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     environment = {**read_env_file(), **os.environ}
     for action in parser._actions[1:-1]:  # without --help and --version
         plain = action.dest in ("jupyter_base_url", "jupyter_token", "notebooks_folder")
-        name = ("" if plain else "JUPYTER_INTERPRETER_") + action.dest.upper()
-        if value := environment.get(name):
+        if value := environment.get("JUPYTER_INTERPRETER_" * (not plain) + action.dest.upper()):
             on = value.lower() in ("1", "true", "yes", "on")
             action.default = on if action.nargs == 0 else value
     args = parser.parse_args(argv)
+    limits = {"timeout": (0, 1e9), "max_output": (1, 1e15), "session_id": (0, MAX_SESSION_ID)}
+    for name, (least, most) in limits.items():
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name.replace('_', '-')} must be from {least} to {most:.0f}")
     if not args.jupyter_base_url and args.local is None:
         parser.error("--jupyter-base-url is missing (or JUPYTER_BASE_URL, or --local)")
     return args
 
 
-# Ends with us, whatever ends us: its standard input is a pipe that then closes.
-LOCAL_SERVER = """import os, signal, sys, threading
-threading.Thread(target=lambda: (sys.stdin.read(), os.kill(os.getpid(), signal.SIGTERM))).start()
-from jupyter_server.serverapp import main
-main()"""
+# Ends with us, whatever ends us: its standard input is a pipe that then closes. Its first line of
+# output is its URL, when it listens.
+LOCAL_SERVER = """import sys, threading
+from jupyter_server.serverapp import ServerApp
+app = ServerApp.instance()
+app.initialize(sys.argv[1:])
+threading.Thread(target=lambda: (sys.stdin.read(), app.stop()), daemon=True).start()
+app.io_loop.add_callback(print, app.connection_url, flush=True)
+app.start()"""
 
 
 @contextlib.contextmanager
@@ -1808,32 +1778,30 @@ def local_server(folder: str) -> Iterator[tuple[str, str]]:
     if not os.path.isdir(folder):
         raise ConfigError(f"--local: {folder!r} is not a folder")
     token, limit = secrets.token_hex(24), "--ZMQChannelsWebsocketConnection.iopub_{}_rate_limit=0"
+    flags = ["--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root", limit.format("data")]
+    flags += [limit.format("msg"), f"--ServerApp.root_dir={os.path.abspath(folder)}"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runtime:
-        root = f"--ServerApp.root_dir={os.path.abspath(folder)}"
-        flags = ["--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root", root]
-        command = [sys.executable, "-c", LOCAL_SERVER, *flags, *map(limit.format, ("data", "msg"))]
-        names = {"JUPYTER_TOKEN": token, "JUPYTER_RUNTIME_DIR": runtime, "JUPYTER_CONFIG_DIR": runtime}
-        with open(os.path.join(runtime, "log"), "w+b") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env={**os.environ, **names}
-            )
-            try:
-                deadline = time.monotonic() + KERNEL_TIMEOUT_S
-                while not (found := list(Path(runtime).glob("jpserver-*.json"))):
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        output.seek(0)
-                        text = output.read().decode(errors="replace").replace(token, "...")
-                        raise ConfigError(f"The local Jupyter server did not start: {text[-1000:]}")
-                    time.sleep(0.02)
-                yield json.loads(found[0].read_text())["url"], token
-            finally:
-                process.communicate()
+        folders = dict.fromkeys(("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"), runtime)
+        env, pipe = {**os.environ, "JUPYTER_TOKEN": token, **folders}, subprocess.PIPE
+        command = [sys.executable, "-c", LOCAL_SERVER, *flags]
+        with (
+            open(os.path.join(runtime, "log"), "w+b") as output,
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=output, env=env) as process,
+        ):  # at its end the pipe closes, and the server is waited for
+            assert process.stdout is not None
+            if not (url := process.stdout.readline().decode().strip()):
+                output.seek(0)
+                text = output.read().decode(errors="replace").replace(token, "...")
+                raise ConfigError(f"The local Jupyter server did not start: {text[-1000:]}")
+            yield url, token
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The console script. 0: served or ran; 1: the cause in one sentence on stderr; 2: wrong flags."""
+    """The console script. 0: served or ran; 1: the cause on stderr, a sentence; 2: wrong flags."""
+    import signal
+
     args = parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, format=f"{PROGRAM}: %(message)s")
+    logging.basicConfig(format=f"{PROGRAM}: %(message)s")  # to stderr
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     warnings.simplefilter("ignore", SyntaxWarning)  # of cells that are parsed here
     load_sdk = threading.Thread(target=importlib.import_module, args=("mcp.server.stdio",))
@@ -1842,29 +1810,37 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(
         args.notebooks_folder, args.kernel_name, args.timeout, args.max_output, not args.no_restore
     )
+    url, token, stack = args.jupyter_base_url, args.jupyter_token, contextlib.ExitStack()
+
+    def leave(*_: Any) -> None:  # a KeyboardInterrupt would wait for the thread that reads stdin
+        stack.close()
+        os._exit(130)
+
     try:
-        with contextlib.ExitStack() as stack:
-            url, token = args.jupyter_base_url, args.jupyter_token
+        with stack:
             if args.local is not None:
                 url, token = stack.enter_context(local_server(args.local))
             client = RemoteJupyterClient(url, token, ca_bundle=args.ca_bundle)
             if token and url[:5] == "http:" and not re.match(r"localhost$|127\.|::1$", client.host):
-                log.warning("The token travels unencrypted to %s: use https or a tunnel", client.host)
+                log.warning("The token travels unencrypted to %s; use https", client.host)
             interpreter = Interpreter(client, settings)
+            stack.callback(interpreter.close)  # saves what runs
             if not interpreter.keeps_notebook:
                 log.warning("%s has no contents API: sessions leave no notebook", client.base_url)
             if args.execute is None:
                 load_sdk.join()
+                signal.signal(signal.SIGINT, leave)
                 serve(interpreter)
                 return 0
             code = sys.stdin.read() if args.execute == "-" else args.execute
             outcome = interpreter.session(args.session_id).execute(code)
-            interpreter.close()
-            print(json.dumps(outcome.as_dict(), ensure_ascii=False))
+            print(json.dumps(outcome.as_dict(), ensure_ascii=False), flush=True)
             return 1 if outcome.error else 0
     except InterpreterError as err:
         print(f"{PROGRAM}: {err}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -75,16 +75,32 @@ class JupyterServer:
 
     def command(self) -> list[str]:
         return [
-            sys.executable, "-m", "jupyter_server", f"--ServerApp.ip={LOOPBACK}", f"--port={self.port}",
-            "--ServerApp.port_retries=0", "--no-browser", "--allow-root", f"--ServerApp.root_dir={self.root}",
-            f"--IdentityProvider.token={self.token}", *self.options,
+            sys.executable,
+            "-m",
+            "jupyter_server",
+            f"--ServerApp.ip={LOOPBACK}",
+            f"--port={self.port}",
+            "--ServerApp.port_retries=0",
+            "--no-browser",
+            "--allow-root",
+            f"--ServerApp.root_dir={self.root}",
+            f"--IdentityProvider.token={self.token}",
+            *self.options,
         ]
 
     def start(self) -> None:
-        environment = {**os.environ, "JUPYTER_RUNTIME_DIR": str(self.runtime), "JUPYTER_CONFIG_DIR": str(self.runtime)}
+        environment = {
+            **os.environ,
+            "JUPYTER_RUNTIME_DIR": str(self.runtime),
+            "JUPYTER_CONFIG_DIR": str(self.runtime),
+        }
         with open(self.log, "ab") as output:
             self.process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
             )
 
         def answers() -> bool:
@@ -105,18 +121,24 @@ class JupyterServer:
 
     def api(self, method: str, path: str, **options: Any) -> requests.Response:
         headers = {"Authorization": f"token {self.token}"} if self.token else {}
-        return requests.request(method, f"{self.url}/api/{path}", headers=headers, timeout=30, **options)
+        return requests.request(
+            method, f"{self.url}/api/{path}", headers=headers, timeout=30, **options
+        )
 
     def kernel_id(self, session_id: int) -> str:
         """The kernel of a session."""
         (kernel_id,) = [
-            s["kernel"]["id"] for s in self.api("GET", "sessions").json() if s["path"].endswith(f"{session_id}.ipynb")
+            s["kernel"]["id"]
+            for s in self.api("GET", "sessions").json()
+            if s["path"].endswith(f"{session_id}.ipynb")
         ]
         return str(kernel_id)
 
     def notebook(self, session_id: int, folder: str = "notebooks") -> dict[str, Any]:
         """A session's file, as it is on the disk."""
-        notebook: dict[str, Any] = json.loads((self.root / folder / f"{session_id}.ipynb").read_text())
+        notebook: dict[str, Any] = json.loads(
+            (self.root / folder / f"{session_id}.ipynb").read_text()
+        )
         return notebook
 
 
@@ -127,14 +149,28 @@ class Client:
     waits for the result's structure.
     """
 
-    def __init__(self, server: JupyterServer | None, *flags: str, url: str = "", command: list[str] | None = None,
-                 environment: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(
+        self,
+        server: JupyterServer | None,
+        *flags: str,
+        url: str = "",
+        command: list[str] | None = None,
+        environment: dict[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
         arguments = list(flags)
         if server is not None:
-            arguments += ["--jupyter-base-url", url or server.url, f"--jupyter-token={server.token}"]
+            arguments += [
+                "--jupyter-base-url",
+                url or server.url,
+                f"--jupyter-token={server.token}",
+            ]
         program, *rest = command or COMMAND
         self.parameters = StdioServerParameters(
-            command=program, args=[*rest, *arguments], env={**os.environ, **(environment or {})}, cwd=cwd
+            command=program,
+            args=[*rest, *arguments],
+            env={**os.environ, **(environment or {})},
+            cwd=cwd,
         )
         self.progress: list[str] = []
         self.loop = asyncio.new_event_loop()
@@ -168,7 +204,9 @@ class Client:
     async def _note(self, progress: float, total: float | None, message: str | None) -> None:
         self.progress.append(message or "")
 
-    def start(self, code: str, session_id: int = 0, *, tool: str = "execute_code", **arguments: Any) -> Any:
+    def start(
+        self, code: str, session_id: int = 0, *, tool: str = "execute_code", **arguments: Any
+    ) -> Any:
         """Begin a call; a future of the SDK's CallToolResult. Cancelling it sends notifications/cancelled."""
         given = {"code": code, **arguments} if tool == "execute_code" else arguments
         given = {**given, "session_id": session_id} if session_id else given
@@ -177,7 +215,11 @@ class Client:
 
     def call(self, code: str, session_id: int = 0, **arguments: Any) -> Any:
         """The SDK's CallToolResult, as a dictionary with the names of the wire."""
-        return self.start(code, session_id, **arguments).result(120).model_dump(by_alias=True, mode="json")
+        return (
+            self.start(code, session_id, **arguments)
+            .result(120)
+            .model_dump(by_alias=True, mode="json")
+        )
 
     def run(self, code: str, session_id: int = 0, **arguments: Any) -> dict[str, Any]:
         """The structure of a result."""
@@ -238,8 +280,12 @@ class Proxy:
                     continue
                 server = socket.create_connection((LOOPBACK, self.target))
                 self.pairs.append((client, server))
-                threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
-                threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+                threading.Thread(
+                    target=self._pump, args=(client, server, True), daemon=True
+                ).start()
+                threading.Thread(
+                    target=self._pump, args=(server, client, False), daemon=True
+                ).start()
 
     def _pump(self, source: socket.socket, target: socket.socket, from_client: bool) -> None:
         with contextlib.suppress(OSError):
@@ -324,15 +370,23 @@ COUNT = "with open({!r}, 'a') as f: f.write('.');"
 
 
 def command(
-    *flags: str, stdin: str = "", cwd: Path | None = None, program: list[str] | None = None,
+    *flags: str,
+    stdin: str = "",
+    cwd: Path | None = None,
+    program: list[str] | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """The installed command, run to its end in an environment without settings of our own."""
     ours = ("JUPYTER_", "NOTEBOOKS_FOLDER")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return subprocess.run(
-        [*(program or COMMAND), *flags], input=stdin, cwd=cwd, env={**clean, **environment},
-        capture_output=True, text=True, timeout=60,
+        [*(program or COMMAND), *flags],
+        input=stdin,
+        cwd=cwd,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -353,8 +407,17 @@ def run_as_person(server: JupyterServer, kernel_id: str, code: str) -> str:
     ws = websocket.create_connection(url, header=[f"Authorization: token {server.token}"])
     header = {"msg_id": secrets.token_hex(8), "msg_type": "execute_request", "session": "lab"}
     content = {"code": code, "silent": False, "allow_stdin": False}
-    ws.send(json.dumps({"channel": "shell", "header": header, "content": content, "metadata": {},
-                        "parent_header": {}}))
+    ws.send(
+        json.dumps(
+            {
+                "channel": "shell",
+                "header": header,
+                "content": content,
+                "metadata": {},
+                "parent_header": {},
+            }
+        )
+    )
     text = ""
     while True:
         message = json.loads(ws.recv())
@@ -383,7 +446,9 @@ class Web:
     answers: the beginning of a path -> (status, headers, body), for every method.
     """
 
-    def __init__(self, answers: Mapping[str, tuple[int, dict[str, str], bytes]], behind: str = "") -> None:
+    def __init__(
+        self, answers: Mapping[str, tuple[int, dict[str, str], bytes]], behind: str = ""
+    ) -> None:
         self.asked: list[tuple[str, dict[str, str]]] = []
         web = self
 
@@ -396,8 +461,13 @@ class Web:
                     if re.match(beginning, self.path):
                         break
                 else:
-                    reply = requests.request(self.command, behind + self.path, data=body,
-                                             headers=dict(self.headers), timeout=60)
+                    reply = requests.request(
+                        self.command,
+                        behind + self.path,
+                        data=body,
+                        headers=dict(self.headers),
+                        timeout=60,
+                    )
                     kept = {"Content-Type": reply.headers.get("Content-Type", "text/plain")}
                     status, headers, text = reply.status_code, kept, reply.content
                 self.send_response(status)
@@ -451,9 +521,14 @@ HTTP_FAILURES: list[tuple[dict[str, Any], list[str]]] = [
     ({"status": 500, "json": {"message": "disk full"}}, ["500", "disk full"]),
     ({"status": 500, "json": []}, ["500"]),
     ({"status": 502, **HTML}, ["502"]),
-    ({"status": 302, "headers": {"Location": "https://hub.example/hub/login?next=x"}},
-     ["https://hub.example/hub/login"]),
-    ({"status": 301, "headers": {"Location": "https://jupyter.example/"}}, ["https://jupyter.example/"]),
+    (
+        {"status": 302, "headers": {"Location": "https://hub.example/hub/login?next=x"}},
+        ["https://hub.example/hub/login"],
+    ),
+    (
+        {"status": 301, "headers": {"Location": "https://jupyter.example/"}},
+        ["https://jupyter.example/"],
+    ),
     ({"status": 200, **HTML}, ["not a Jupyter server"]),
     ({"status": 200, "json": ["something else"]}, ["not a Jupyter server"]),
     ({"status": 200, "json": {"kernels": 3}}, ["not a Jupyter server"]),
@@ -484,10 +559,19 @@ def test_each_http_failure_is_one_sentence_with_its_cause(
     assert client.kernelspecs() == SPECS
 
 
-@pytest.mark.parametrize("url", [
-    "", "localhost:8888", "ftp://localhost", "http://", "http://localhost:8888/?token=s3cret",
-    "http://me:s3cret@localhost", "http://localhost:port", "http://[::1",
-])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:8888",
+        "ftp://localhost",
+        "http://",
+        "http://localhost:8888/?token=s3cret",
+        "http://me:s3cret@localhost",
+        "http://localhost:port",
+        "http://[::1",
+    ],
+)
 def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
     with pytest.raises(jim.InterpreterError) as caught:
         jim.RemoteJupyterClient(url, "")
@@ -612,7 +696,13 @@ def test_a_notebook_is_valid_and_shows_what_the_agent_saw(
     client: Client, server: JupyterServer
 ) -> None:
     session_id = client.run("print('a')\n21 * 2")["session_id"]
-    for code in (SHOW_PIXEL, "ls -d .", "1 / 0", "import sys\nprint('é', file=sys.stderr)", "x = 1"):
+    for code in (
+        SHOW_PIXEL,
+        "ls -d .",
+        "1 / 0",
+        "import sys\nprint('é', file=sys.stderr)",
+        "x = 1",
+    ):
         client.run(code, session_id)
     path = server.root / "notebooks" / f"{session_id}.ipynb"
     notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=nbformat.NO_CONVERT)
@@ -626,7 +716,10 @@ def test_a_notebook_is_valid_and_shows_what_the_agent_saw(
     assert first.execution_count == first.outputs[1].execution_count == 1
     assert picture.outputs[0].data["image/png"].strip() == PIXEL
     assert (bash.source, bash.outputs[0].text) == ("%%bash\nls -d .", ".\n")
-    assert (failed.outputs[0].output_type, failed.outputs[0].ename) == ("error", "ZeroDivisionError")
+    assert (failed.outputs[0].output_type, failed.outputs[0].ename) == (
+        "error",
+        "ZeroDivisionError",
+    )
     assert (warned.outputs[0].name, warned.outputs[0].text, silent.outputs) == ("stderr", "é\n", [])
     for cell in notebook.cells:
         times = cell.metadata.execution
@@ -673,7 +766,9 @@ def test_what_somebody_else_changed_in_the_file_is_kept(
         path.write_text(json.dumps(notebook))
         assert client.run("21 * 2", session_id)["error"] == []
         merged = server.notebook(session_id)
-        assert merged["cells"][:-1] == notebook["cells"] and merged["metadata"]["mine"] == round_number
+        assert (
+            merged["cells"][:-1] == notebook["cells"] and merged["metadata"]["mine"] == round_number
+        )
         assert sources(merged)[-1] == "21 * 2"
     notebook["cells"] = notebook["cells"][-1:]
     path.write_text(json.dumps(notebook))
@@ -687,8 +782,13 @@ def test_a_notebook_without_cell_ids_or_of_a_person_is_continued(
 ) -> None:
     """Notebooks of older formats and of other programs, opened under their number."""
     session_id = 1234 if through == "disk" else 1235
-    cell = {"cell_type": "code", "metadata": {}, "source": ["x = 5\n", "x"], "outputs": [],
-            "execution_count": 1}
+    cell = {
+        "cell_type": "code",
+        "metadata": {},
+        "source": ["x = 5\n", "x"],
+        "outputs": [],
+        "execution_count": 1,
+    }
     unrun = {**cell, "source": "raise SystemExit('never run')", "execution_count": None}
     notebook = {"cells": [cell, unrun], "metadata": {}, "nbformat": 4, "nbformat_minor": 2}
     if through == "disk":
@@ -705,8 +805,15 @@ def test_a_notebook_without_cell_ids_or_of_a_person_is_continued(
 
 
 UNREADABLE = [
-    b"not JSON", b"", b"[]", b'"text"', b"\xff\xfe\x00", b'{"nbformat": 4}', b'{"cells": 3}',
-    b'{"cells": [{}], "nbformat": 4}', b'{"cells": [], "metadata": [], "nbformat": 4}',
+    b"not JSON",
+    b"",
+    b"[]",
+    b'"text"',
+    b"\xff\xfe\x00",
+    b'{"nbformat": 4}',
+    b'{"cells": 3}',
+    b'{"cells": [{}], "nbformat": 4}',
+    b'{"cells": [], "metadata": [], "nbformat": 4}',
     b'{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": []}',
     b'{"nbformat": 5, "nbformat_minor": 0, "metadata": {}, "cells": []}',
 ]
@@ -721,7 +828,11 @@ def test_an_unreadable_notebook_is_reported_and_left_as_it_is(
     for text in UNREADABLE:
         path.write_bytes(text)
         result = client.run("print(x * 7)", session_id)
-        if result["result"] != ["42"] or path.read_bytes() != text or path.name not in str(result["error"]):
+        if (
+            result["result"] != ["42"]
+            or path.read_bytes() != text
+            or path.name not in str(result["error"])
+        ):
             problems.append((text, result, path.read_bytes()))
     assert problems == []
     path.write_bytes(good)
@@ -757,7 +868,11 @@ def test_if_saving_fails_the_result_is_delivered_with_the_reason(
         assert f"{session_id}.ipynb" in result["structuredContent"]["error"][0]
     folder.unlink()
     away.rename(folder)
-    assert client.run("x + 1", session_id) == {"result": ["43"], "error": [], "session_id": session_id}
+    assert client.run("x + 1", session_id) == {
+        "result": ["43"],
+        "error": [],
+        "session_id": session_id,
+    }
     assert sources(server.notebook(session_id, "blocked")) == ["x = 42", "x", "x", "x + 1"]
 
 
@@ -942,8 +1057,11 @@ def test_a_cell_that_killed_its_kernel_is_not_run_again(
     client: Client, server: JupyterServer
 ) -> None:
     session_id = client.run("x = 42")["session_id"]
-    died = client.run(f"{COUNT.format('deadly')}\nprint('before', flush=True)\n"
-                      "import os, time; time.sleep(0.5); os._exit(1)", session_id)
+    died = client.run(
+        f"{COUNT.format('deadly')}\nprint('before', flush=True)\n"
+        "import os, time; time.sleep(0.5); os._exit(1)",
+        session_id,
+    )
     assert died["result"] == ["before"] and "kernel" in died["error"][0]
     result = client.run("x", session_id)
     assert is_report(result["result"][0], 1) and result["result"][1:] == ["42"], result
@@ -1025,8 +1143,12 @@ class Gateway(JupyterServer):
 
     def command(self) -> list[str]:
         return [
-            sys.executable, "-m", "kernel_gateway", f"--KernelGatewayApp.ip={LOOPBACK}",
-            f"--KernelGatewayApp.port={self.port}", f"--KernelGatewayApp.auth_token={self.token}",
+            sys.executable,
+            "-m",
+            "kernel_gateway",
+            f"--KernelGatewayApp.ip={LOOPBACK}",
+            f"--KernelGatewayApp.port={self.port}",
+            f"--KernelGatewayApp.auth_token={self.token}",
             "--KernelGatewayApp.port_retries=0",
         ]
 
@@ -1062,14 +1184,22 @@ RESULTS: list[tuple[str, list[str]]] = [
     ("print('a'); print('b')\n'c'", ["a\nb", "'c'"]),
     ("print(1)\ndisplay(2)\nprint(3)\n4", ["1", "2", "3", "4"]),
     ("display('a\\n', 'b')\n", ["'a\\n'", "'b'"]),
-    ("import sys\nprint('a', flush=True); print('b', file=sys.stderr, flush=True)\nprint('c')",
-     ["a\nb\nc"]),
+    (
+        "import sys\nprint('a', flush=True); print('b', file=sys.stderr, flush=True)\nprint('c')",
+        ["a\nb\nc"],
+    ),
     ("import warnings\nwarnings.warn('careful')", ["UserWarning: careful"]),
-    ("print('\\x1b[1;31mred\\x1b[0m \\x1b]8;;http://x\\x1b\\\\link\\x1b]8;;\\x1b\\\\')", ["red link"]),
+    (
+        "print('\\x1b[1;31mred\\x1b[0m \\x1b]8;;http://x\\x1b\\\\link\\x1b]8;;\\x1b\\\\')",
+        ["red link"],
+    ),
     ("print('é 漢 🎉 \\u2028 \\0 .')", ["é 漢 🎉 \u2028 \0 ."]),
     ("import asyncio\nawait asyncio.sleep(0, 42)", ["42"]),
-    ("class Shown:\n    def _repr_markdown_(self): return '**bold**'\n"
-     "    def __repr__(self): return 'plain'\nShown()", ["plain"]),
+    (
+        "class Shown:\n    def _repr_markdown_(self): return '**bold**'\n"
+        "    def __repr__(self): return 'plain'\nShown()",
+        ["plain"],
+    ),
     ("def f():\n    '''Docs'''\n    return 42\n\nf()", ["42"]),
 ]
 
@@ -1093,7 +1223,11 @@ ERRORS: list[tuple[str, list[str], str]] = [
     ("raise KeyError('a\\x1b[31mb')", [], "KeyError"),
     ("raise SystemExit(3)", [], "SystemExit: 3"),
     ("raise KeyboardInterrupt", [], "KeyboardInterrupt"),
-    ("class Odd(Exception):\n    def __str__(self): raise ValueError('no text')\nraise Odd", [], "Odd"),
+    (
+        "class Odd(Exception):\n    def __str__(self): raise ValueError('no text')\nraise Odd",
+        [],
+        "Odd",
+    ),
     ("import json\njson.loads('{')", [], "JSONDecodeError"),
 ]
 
@@ -1132,23 +1266,34 @@ def test_the_tools_declare_what_they_take_and_return(client: Client) -> None:
     given = tools["execute_code"]["inputSchema"]
     assert set(given["properties"]) == {"code", "session_id", "timeout"}
     assert given["required"] == ["code"]
-    assert set(tools["interrupt_execution"]["inputSchema"]["properties"]) == {"session_id", "restart"}
+    assert set(tools["interrupt_execution"]["inputSchema"]["properties"]) == {
+        "session_id",
+        "restart",
+    }
     for tool in tools.values():
         returned = tool["outputSchema"]["properties"]
         assert {name: each["type"] for name, each in returned.items()} == {
-            "result": "array", "error": "array", "session_id": "integer"
+            "result": "array",
+            "error": "array",
+            "session_id": "integer",
         }
         assert set(tool["outputSchema"]["required"]) == set(returned) and tool["description"]
 
 
 def test_stdout_holds_json_rpc_and_nothing_else(server: JupyterServer) -> None:
     """And the list of the tools has under 2,500 characters on the wire."""
-    info = {"protocolVersion": "2025-06-18", "capabilities": {},
-            "clientInfo": {"name": "test", "version": "0"}}
+    info = {
+        "protocolVersion": "2025-06-18",
+        "capabilities": {},
+        "clientInfo": {"name": "test", "version": "0"},
+    }
     noisy = "print('x'); import sys; print('y', file=sys.stderr); sys.__stdout__.write('z')"
     process = subprocess.Popen(
-        [*COMMAND, *flags_for(server), "--verbose"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        [*COMMAND, *flags_for(server), "--verbose"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     lines: list[str] = []
@@ -1163,12 +1308,16 @@ def test_stdout_holds_json_rpc_and_nothing_else(server: JupyterServer) -> None:
                 return answer
 
     ask(1, "initialize", {**info})
-    print('{"jsonrpc": "2.0", "method": "notifications/initialized"}', file=process.stdin, flush=True)
+    print(
+        '{"jsonrpc": "2.0", "method": "notifications/initialized"}', file=process.stdin, flush=True
+    )
     ask(2, "tools/list", {})
     assert len(json.dumps(json.loads(lines[-1])["result"], separators=(",", ":"))) < 2500
     for number, code in enumerate([noisy, "1 / 0", "echo hi; nosuch"], 3):
         arguments = {"name": "execute_code", "arguments": {"code": code, "session_id": 51}}
-        assert ask(number, "tools/call", arguments)["result"]["structuredContent"]["session_id"] == 51
+        assert (
+            ask(number, "tools/call", arguments)["result"]["structuredContent"]["session_id"] == 51
+        )
     process.stdin.close()
     rest, log = process.stdout.read(), process.stderr.read()
     assert process.wait(20) == 0
@@ -1221,9 +1370,22 @@ def test_bad_arguments_get_a_tool_error_that_names_them(
 def test_version_and_help() -> None:
     assert command("--version").stdout == f"jupyter-interpreter-mcp {jim.__version__}\n"
     text = command("--help").stdout
-    flags = ["--jupyter-base-url", "--jupyter-token", "--notebooks-folder", "--kernel-name", "--timeout",
-             "--max-output", "--no-restore", "--verbose", "--version", "--ca-bundle", "--local",
-             "--execute", "--session-id", "JUPYTER_BASE_URL"]
+    flags = [
+        "--jupyter-base-url",
+        "--jupyter-token",
+        "--notebooks-folder",
+        "--kernel-name",
+        "--timeout",
+        "--max-output",
+        "--no-restore",
+        "--verbose",
+        "--version",
+        "--ca-bundle",
+        "--local",
+        "--execute",
+        "--session-id",
+        "JUPYTER_BASE_URL",
+    ]
     assert [flag for flag in flags if flag not in text] == []
 
 
@@ -1260,8 +1422,14 @@ TO_HUB = (302, {"Location": "https://hub.example/hub/login?next=%2Fuser%2Fme%2Fa
 # What is asked for ({server}, {html}, {hub} are servers, {free} a free port) -> the words of the answer.
 FAILURES: dict[str, tuple[list[str], list[str]]] = {
     "refused": (["--jupyter-base-url", "http://127.0.0.1:{free}"], ["refused", "{free}"]),
-    "unknown host": (["--jupyter-base-url", "https://no-such-host.invalid"], ["no-such-host.invalid"]),
-    "wrong token": (["--jupyter-base-url", "{server}", "--jupyter-token", "s3cret"], ["token", "403"]),
+    "unknown host": (
+        ["--jupyter-base-url", "https://no-such-host.invalid"],
+        ["no-such-host.invalid"],
+    ),
+    "wrong token": (
+        ["--jupyter-base-url", "{server}", "--jupyter-token", "s3cret"],
+        ["token", "403"],
+    ),
     "no token": (["--jupyter-base-url", "{server}"], ["token", "403"]),
     "wrong path": (["--jupyter-base-url", "{server}/lab/tree"], ["--jupyter-base-url"]),
     "redirect": (["--jupyter-base-url", "{hub}"], ["https://hub.example/hub/login", "redirect"]),
@@ -1271,7 +1439,10 @@ FAILURES: dict[str, tuple[list[str], list[str]]] = {
     "wrong kernel": (["{right}", "--kernel-name", "cobol"], ["cobol", "python3"]),
     "folder above": (["{right}", "--notebooks-folder", "../up"], ["../up", "root"]),
     "folder far above": (["{right}", "--notebooks-folder", "a/../../b"], ["a/../../b", "root"]),
-    "folder outside": (["{right}", "--notebooks-folder", "/etc/notebooks"], ["/etc/notebooks", "root"]),
+    "folder outside": (
+        ["{right}", "--notebooks-folder", "/etc/notebooks"],
+        ["/etc/notebooks", "root"],
+    ),
     "folder a file": (["{right}", "--notebooks-folder", "in-the-way"], ["in-the-way"]),
     "below a file": (["{right}", "--notebooks-folder", "in-the-way/deep"], ["in-the-way"]),
     "no CA bundle": (["{right}", "--ca-bundle", "/no/such.pem"], ["/no/such.pem"]),
@@ -1297,7 +1468,9 @@ def test_each_cause_of_a_failed_start_is_one_clear_sentence(
 
 
 def test_a_token_over_plain_http_to_another_machine_earns_a_warning() -> None:
-    ended = command("--jupyter-base-url", "http://no-such-host.invalid", "--jupyter-token", "s3cret")
+    ended = command(
+        "--jupyter-base-url", "http://no-such-host.invalid", "--jupyter-token", "s3cret"
+    )
     assert "https" in ended.stderr.splitlines()[0] and "s3cret" not in ended.stderr
     assert ended.returncode == 1 and ended.stderr.count("\n") == 2
 
@@ -1305,7 +1478,9 @@ def test_a_token_over_plain_http_to_another_machine_earns_a_warning() -> None:
 FOLDER = "import os; os.path.basename(os.getcwd())"
 
 
-@pytest.mark.parametrize("settings", [("file",), ("file", "variable"), ("file", "variable", "flag")])
+@pytest.mark.parametrize(
+    "settings", [("file",), ("file", "variable"), ("file", "variable", "flag")]
+)
 def test_a_flag_beats_a_variable_beats_the_file(
     server: JupyterServer, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
@@ -1326,7 +1501,9 @@ def test_only_our_own_names_are_read_from_the_file(server: JupyterServer, tmp_pa
     )
     ended = command(*flags_for(server), "--execute", "print('x' * 200)", cwd=tmp_path)
     result = json.loads(ended.stdout)["result"][0]
-    assert ended.returncode == 0 and result.startswith("x" * 30 + "\n[") and result.endswith("x" * 30)
+    assert (
+        ended.returncode == 0 and result.startswith("x" * 30 + "\n[") and result.endswith("x" * 30)
+    )
 
 
 EXECUTIONS: list[tuple[str, str, list[str], str, int]] = [
@@ -1344,8 +1521,9 @@ def test_execute_runs_one_cell_and_prints_the_result(server: JupyterServer) -> N
         assert list(printed) == ["result", "error", "session_id"]
         assert (printed["result"], ended.returncode, ended.stderr) == (result, status, "")
         assert error in "".join(printed["error"]) and bool(printed["error"]) == bool(error)
-        again = command(*flags_for(server), "--execute", "21 * 2", "--session-id",
-                        str(printed["session_id"]))
+        again = command(
+            *flags_for(server), "--execute", "21 * 2", "--session-id", str(printed["session_id"])
+        )
         assert json.loads(again.stdout) == {**printed, "result": ["42"], "error": []}
 
 
@@ -1354,9 +1532,9 @@ def test_execute_names_the_step_that_failed(
 ) -> None:
     spec = tmp_path / "share" / "kernels" / "broken"
     spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(json.dumps(
-        {"argv": ["/no/such/python"], "display_name": "Broken", "language": "python"}
-    ))
+    (spec / "kernel.json").write_text(
+        json.dumps({"argv": ["/no/such/python"], "display_name": "Broken", "language": "python"})
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
     server = JupyterServer(tmp_path)
     try:
@@ -1372,8 +1550,13 @@ def test_execute_names_the_step_that_failed(
 @pytest.mark.parametrize("folder", ["a/b c/é", "{root}/absolute/deep", ".", "{root}", "x/../y/"])
 def test_the_notebooks_folder_is_made_and_used(server: JupyterServer, folder: str) -> None:
     given = folder.format(root=server.root)
-    ended = command(*flags_for(server), "--notebooks-folder", given, "--execute",
-                    "import os; print(os.getcwd())")
+    ended = command(
+        *flags_for(server),
+        "--notebooks-folder",
+        given,
+        "--execute",
+        "import os; print(os.getcwd())",
+    )
     result = json.loads(ended.stdout)
     used = Path(os.path.normpath(server.root / given))
     assert (result["result"], result["error"]) == ([str(used)], []), ended
@@ -1401,7 +1584,7 @@ def test_the_local_server_ends_with_the_command_however_that_ends(tmp_path: Path
     for way in ("close", "kill"):
         client = Client(None, "--local", str(tmp_path))
         assert client.run("21 * 2")["result"] == ["42"]
-        server, = psutil.Process(client.pid).children()
+        (server,) = psutil.Process(client.pid).children()
         processes = [server, *server.children(recursive=True)]
         assert len(processes) > 1
         getattr(client, way)()
@@ -1419,7 +1602,9 @@ def test_kernels_stay_when_the_mcp_server_exits(
 
 def test_the_package_is_used_without_the_sdk() -> None:
     """Other agents copy the file and call its classes; they need not have `mcp`."""
-    check = "import sys, jupyter_interpreter_mcp; print(sorted({'mcp', 'pydantic'} & set(sys.modules)))"
+    check = (
+        "import sys, jupyter_interpreter_mcp; print(sorted({'mcp', 'pydantic'} & set(sys.modules)))"
+    )
     assert command("-c", check, program=[sys.executable]).stdout == "[]\n"
 
 
@@ -1436,7 +1621,9 @@ def test_the_copied_file_runs_alone(server: JupyterServer, tmp_path: Path) -> No
 def test_the_script_metadata_asks_for_what_the_package_needs() -> None:
     source = Path(jim.__file__)
     inline = re.search(r"(?m)^# dependencies = (\[.*\])$", source.read_text())
-    packaged = re.search(r"(?ms)^dependencies = \[\n(.*?)^\]", source.with_name("pyproject.toml").read_text())
+    packaged = re.search(
+        r"(?ms)^dependencies = \[\n(.*?)^\]", source.with_name("pyproject.toml").read_text()
+    )
     assert inline and packaged
     assert json.loads(inline[1]) == re.findall(r'^ *"([^"]+)"', packaged[1], re.M)
 
@@ -1461,52 +1648,149 @@ PYTHON, BASH = "python", "bash"
 
 # Each row: the cell, whose it is. Rule 1: magics and explicit IPython syntax.
 RULE_1 = [
-    ("%%bash\necho hi", BASH), ("%%bash\nprint(1)", BASH), ("%%bash\nx = 1", BASH), ("%%bash", BASH),
-    ("%%time\n1 + 1", PYTHON), ("%%capture\nls", PYTHON), ("%%sh\nls", PYTHON), ("%pwd", PYTHON),
-    ("%time 1 + 1", PYTHON), ("!echo hi", PYTHON), ("!ls | wc -l", PYTHON), ("! true && false", PYTHON), ("len?", PYTHON),
-    ("?len", PYTHON), ("y = !echo hi", PYTHON), ("y = %pwd", PYTHON), ("pip --version", PYTHON),
-    ("uv --version", PYTHON), ("import os\npip --version", PYTHON), ("# first\n%pwd", PYTHON),
-    ("ls", BASH), ("pwd", BASH), ("cd . && true", BASH), ("cat /dev/null", BASH), ("mkdir -p d", BASH),
-    ("man --version || true", BASH), ("history 1 | cat", BASH), ("alias", BASH), ("env", BASH),
+    ("%%bash\necho hi", BASH),
+    ("%%bash\nprint(1)", BASH),
+    ("%%bash\nx = 1", BASH),
+    ("%%bash", BASH),
+    ("%%time\n1 + 1", PYTHON),
+    ("%%capture\nls", PYTHON),
+    ("%%sh\nls", PYTHON),
+    ("%pwd", PYTHON),
+    ("%time 1 + 1", PYTHON),
+    ("!echo hi", PYTHON),
+    ("!ls | wc -l", PYTHON),
+    ("! true && false", PYTHON),
+    ("len?", PYTHON),
+    ("?len", PYTHON),
+    ("y = !echo hi", PYTHON),
+    ("y = %pwd", PYTHON),
+    ("pip --version", PYTHON),
+    ("uv --version", PYTHON),
+    ("import os\npip --version", PYTHON),
+    ("# first\n%pwd", PYTHON),
+    ("ls", BASH),
+    ("pwd", BASH),
+    ("cd . && true", BASH),
+    ("cat /dev/null", BASH),
+    ("mkdir -p d", BASH),
+    ("man --version || true", BASH),
+    ("history 1 | cat", BASH),
+    ("alias", BASH),
+    ("env", BASH),
 ]
 # Rule 2: what compiles is Python, unless it begins with a name that only bash knows.
 RULE_2 = [
-    ("x = 1", PYTHON), ("print(1)", PYTHON), ("21 * 2", PYTHON), ("'ls'", PYTHON), ("[1]", PYTHON),
-    ("await __import__('asyncio').sleep(0)", PYTHON), ("async def f(): pass\nawait f()", PYTHON),
-    ("ls -la", BASH), ("df -h > /dev/null", BASH), ("ps -ef | head -5", BASH), ("ls; pwd", BASH),
-    ("date", BASH), ("cat << EOF\nhello\nEOF", BASH), ("ls /tmp", BASH), ("true & wait", BASH),
-    ("wc -l < /dev/null", BASH), ("python --version", BASH), ("ls -la # all", BASH), ("# list\nls", BASH),
-    ("\n\n  \nls -la\n\n", BASH), ("echo", BASH), ("ls\npwd\ndate", BASH), ("test -d /tmp", BASH),
-    ("nosuchcommand -v", PYTHON), ("undefined", PYTHON), ("undefined.attribute", PYTHON),
-    ("df.head()", PYTHON), ("df[0]", PYTHON), ("date.today()", PYTHON), ("ls(1)", PYTHON),
-    ("id", PYTHON), ("dir", PYTHON), ("help", PYTHON), ("set -e", PYTHON), ("id -u", PYTHON),
-    ("time.sleep(1)", PYTHON), ("x = 1\nls", PYTHON), ("import os\nls", PYTHON), ("a_b and c", PYTHON),
-    ("ls = 5", PYTHON), ("ls", PYTHON), ("ls -la", PYTHON), ("del ls", PYTHON), ("ls", BASH),
-    ("def date(): return 1", PYTHON), ("date", PYTHON), ("del date", PYTHON),
-    ("(ls -la)", PYTHON), ("-ls", PYTHON), ("not ls", PYTHON), ("lambda: 0", PYTHON), ("...", PYTHON),
-    ("class ls: pass", PYTHON), ("del ls", PYTHON), ("", None), ("# only a comment", PYTHON),
+    ("x = 1", PYTHON),
+    ("print(1)", PYTHON),
+    ("21 * 2", PYTHON),
+    ("'ls'", PYTHON),
+    ("[1]", PYTHON),
+    ("await __import__('asyncio').sleep(0)", PYTHON),
+    ("async def f(): pass\nawait f()", PYTHON),
+    ("ls -la", BASH),
+    ("df -h > /dev/null", BASH),
+    ("ps -ef | head -5", BASH),
+    ("ls; pwd", BASH),
+    ("date", BASH),
+    ("cat << EOF\nhello\nEOF", BASH),
+    ("ls /tmp", BASH),
+    ("true & wait", BASH),
+    ("wc -l < /dev/null", BASH),
+    ("python --version", BASH),
+    ("ls -la # all", BASH),
+    ("# list\nls", BASH),
+    ("\n\n  \nls -la\n\n", BASH),
+    ("echo", BASH),
+    ("ls\npwd\ndate", BASH),
+    ("test -d /tmp", BASH),
+    ("nosuchcommand -v", PYTHON),
+    ("undefined", PYTHON),
+    ("undefined.attribute", PYTHON),
+    ("df.head()", PYTHON),
+    ("df[0]", PYTHON),
+    ("date.today()", PYTHON),
+    ("ls(1)", PYTHON),
+    ("id", PYTHON),
+    ("dir", PYTHON),
+    ("help", PYTHON),
+    ("set -e", PYTHON),
+    ("id -u", PYTHON),
+    ("time.sleep(1)", PYTHON),
+    ("x = 1\nls", PYTHON),
+    ("import os\nls", PYTHON),
+    ("a_b and c", PYTHON),
+    ("ls = 5", PYTHON),
+    ("ls", PYTHON),
+    ("ls -la", PYTHON),
+    ("del ls", PYTHON),
+    ("ls", BASH),
+    ("def date(): return 1", PYTHON),
+    ("date", PYTHON),
+    ("del date", PYTHON),
+    ("(ls -la)", PYTHON),
+    ("-ls", PYTHON),
+    ("not ls", PYTHON),
+    ("lambda: 0", PYTHON),
+    ("...", PYTHON),
+    ("class ls: pass", PYTHON),
+    ("del ls", PYTHON),
+    ("", None),
+    ("# only a comment", PYTHON),
 ]
 # Rule 3: what does not compile is bash if bash can parse it and run its first word.
 RULE_3 = [
-    ("echo hi", BASH), ("echo 'it''s'", BASH), ("git --version", BASH), ("export A=1", BASH),
-    ("A=1 env", BASH), ("A=1 B='two words' C=$(echo x) env", BASH), ("FOO=bar\necho $FOO", BASH),
-    ("# why\n# and how\n\necho hi", BASH), ("#!/bin/bash\nset -euo pipefail\necho hi", BASH),
-    ("set -e\necho hi", BASH), ("for i in 1 2 3; do echo $i; done", BASH), ("cd ..; cd -", BASH),
-    ("while true; do break; done", BASH), ("if [ -d /tmp ]; then echo yes; fi", BASH),
-    ("if true\nthen\n  echo yes\nfi", BASH), ("case a in a) echo yes;; esac", BASH),
-    ("until true; do :; done", BASH), ("[ -d /tmp ] && echo yes", BASH), ("[[ a == b ]] || echo no", BASH),
-    ("f() { echo hi; }\nf", BASH), ("function g { echo hi; }; g", BASH), ("{ echo a; echo b; }", BASH),
-    ("( cd /tmp; pwd )", BASH), ("(cd /tmp && pwd)", BASH), 
-    ("cat <<'EOF' | wc -l\nprint(1)\nEOF", BASH), ("cat > f.txt <<EOF\nimport x y\nEOF", BASH),
-    ("/bin/ls /tmp > /dev/null", BASH), (". /dev/null", BASH), ("source /dev/null", BASH),
-    ("time sleep 0", BASH), ("ls *.nothing || true", BASH), ("find . -name '*.x'", BASH),
-    ("echo $((1 + 2))", BASH), ("python -c 'print(1)'", BASH), ("exec 2>&1; echo hi", BASH),
-    ("ls \\\n  -la", BASH), ("command -v ls", BASH), ("type ls", BASH), ("printf '%s\\n' a b", BASH),
-    ("sudo_or_not=1; echo $sudo_or_not", BASH), ("exit 0", BASH),
-    ("$SHELL --version || echo", BASH), ("select_me=1 :", BASH), ("echo 'a\nb'", BASH),
-    ("./no-such-script.sh --flag", PYTHON), ("nosuchcommand --long option", PYTHON),
-    ("Hello there, what is this?", PYTHON), ("foo bar baz", PYTHON), ("echo 'unclosed", PYTHON),
-    ("if true; then echo", PYTHON), ("for i in 1 2", PYTHON), ("ls | | wc", PYTHON),
+    ("echo hi", BASH),
+    ("echo 'it''s'", BASH),
+    ("git --version", BASH),
+    ("export A=1", BASH),
+    ("A=1 env", BASH),
+    ("A=1 B='two words' C=$(echo x) env", BASH),
+    ("FOO=bar\necho $FOO", BASH),
+    ("# why\n# and how\n\necho hi", BASH),
+    ("#!/bin/bash\nset -euo pipefail\necho hi", BASH),
+    ("set -e\necho hi", BASH),
+    ("for i in 1 2 3; do echo $i; done", BASH),
+    ("cd ..; cd -", BASH),
+    ("while true; do break; done", BASH),
+    ("if [ -d /tmp ]; then echo yes; fi", BASH),
+    ("if true\nthen\n  echo yes\nfi", BASH),
+    ("case a in a) echo yes;; esac", BASH),
+    ("until true; do :; done", BASH),
+    ("[ -d /tmp ] && echo yes", BASH),
+    ("[[ a == b ]] || echo no", BASH),
+    ("f() { echo hi; }\nf", BASH),
+    ("function g { echo hi; }; g", BASH),
+    ("{ echo a; echo b; }", BASH),
+    ("( cd /tmp; pwd )", BASH),
+    ("(cd /tmp && pwd)", BASH),
+    ("cat <<'EOF' | wc -l\nprint(1)\nEOF", BASH),
+    ("cat > f.txt <<EOF\nimport x y\nEOF", BASH),
+    ("/bin/ls /tmp > /dev/null", BASH),
+    (". /dev/null", BASH),
+    ("source /dev/null", BASH),
+    ("time sleep 0", BASH),
+    ("ls *.nothing || true", BASH),
+    ("find . -name '*.x'", BASH),
+    ("echo $((1 + 2))", BASH),
+    ("python -c 'print(1)'", BASH),
+    ("exec 2>&1; echo hi", BASH),
+    ("ls \\\n  -la", BASH),
+    ("command -v ls", BASH),
+    ("type ls", BASH),
+    ("printf '%s\\n' a b", BASH),
+    ("sudo_or_not=1; echo $sudo_or_not", BASH),
+    ("exit 0", BASH),
+    ("$SHELL --version || echo", BASH),
+    ("select_me=1 :", BASH),
+    ("echo 'a\nb'", BASH),
+    ("./no-such-script.sh --flag", PYTHON),
+    ("nosuchcommand --long option", PYTHON),
+    ("Hello there, what is this?", PYTHON),
+    ("foo bar baz", PYTHON),
+    ("echo 'unclosed", PYTHON),
+    ("if true; then echo", PYTHON),
+    ("for i in 1 2", PYTHON),
+    ("ls | | wc", PYTHON),
 ]
 
 
@@ -1525,7 +1809,9 @@ def test_whose_language_a_cell_is_in(
         notebook = server.notebook(session_id)
         if expected is not None and language(notebook) != expected:
             wrong.append((code, "is not", expected, result))
-        shown = code.removeprefix("%%bash\n").strip()  # `pip` is kept as the magic that it stands for
+        shown = code.removeprefix(
+            "%%bash\n"
+        ).strip()  # `pip` is kept as the magic that it stands for
         if expected and shown not in sources(notebook)[-1].replace("%pip", "pip"):
             wrong.append((code, "is shown as", sources(notebook)[-1]))
     assert rows and wrong == []
@@ -1533,30 +1819,77 @@ def test_whose_language_a_cell_is_in(
 
 # Each would create the file `harm` if bash ran it, as far as it can.
 BROKEN_PYTHON = [
-    "import x y", 'print "a"', "print 'a'; touch harm", "print a > harm", "def f(:", "x = [1,2", "x = = 1",
-    "x =touch harm", "test = touch harm", "echo = (touch harm", "cat = [1,\ntouch harm", "true = 1 2",
-    "ls =1 2", "touch\t= harm x", "import os; touch harm", "from os import\ntouch harm",
-    "return touch harm", "del touch harm", "assert touch harm", "class A\ntouch harm", "with x\n touch harm",
-    "try\ntouch harm", "lambda touch harm", "async touch harm", "await touch harm", "yield touch harm",
-    "raise touch harm", "pass touch harm", "global touch harm", "not touch harm", "None touch harm",
-    "True touch harm", "finally touch harm", "if x == 1\n  touch harm", "for i in [1, 2]\n  touch harm",
-    "while x < 3\n  touch harm", "else touch harm", "elif touch harm", "is touch harm", "or touch harm",
-    "  x = 1\n y = 2; touch harm", "print(1", "print(1))\ntouch harm", "x = 'a\ntouch harm", "f(1 2)",
-    "'touch harm", "1touch harm", "x.y z", "x += touch harm", "x: int = touch harm", "break touch harm",
-    "continue touch harm", "nonlocal touch harm", "except touch harm", "in touch harm", "@touch harm",
-    "except Exception as e:\n  touch harm", "match x\n  touch harm", "echo == touch harm",
+    "import x y",
+    'print "a"',
+    "print 'a'; touch harm",
+    "print a > harm",
+    "def f(:",
+    "x = [1,2",
+    "x = = 1",
+    "x =touch harm",
+    "test = touch harm",
+    "echo = (touch harm",
+    "cat = [1,\ntouch harm",
+    "true = 1 2",
+    "ls =1 2",
+    "touch\t= harm x",
+    "import os; touch harm",
+    "from os import\ntouch harm",
+    "return touch harm",
+    "del touch harm",
+    "assert touch harm",
+    "class A\ntouch harm",
+    "with x\n touch harm",
+    "try\ntouch harm",
+    "lambda touch harm",
+    "async touch harm",
+    "await touch harm",
+    "yield touch harm",
+    "raise touch harm",
+    "pass touch harm",
+    "global touch harm",
+    "not touch harm",
+    "None touch harm",
+    "True touch harm",
+    "finally touch harm",
+    "if x == 1\n  touch harm",
+    "for i in [1, 2]\n  touch harm",
+    "while x < 3\n  touch harm",
+    "else touch harm",
+    "elif touch harm",
+    "is touch harm",
+    "or touch harm",
+    "  x = 1\n y = 2; touch harm",
+    "print(1",
+    "print(1))\ntouch harm",
+    "x = 'a\ntouch harm",
+    "f(1 2)",
+    "'touch harm",
+    "1touch harm",
+    "x.y z",
+    "x += touch harm",
+    "x: int = touch harm",
+    "break touch harm",
+    "continue touch harm",
+    "nonlocal touch harm",
+    "except touch harm",
+    "in touch harm",
+    "@touch harm",
+    "except Exception as e:\n  touch harm",
+    "match x\n  touch harm",
+    "echo == touch harm",
 ]
 
 
-def test_a_broken_python_cell_is_never_run_as_bash(
-    client: Client, server: JupyterServer
-) -> None:
+def test_a_broken_python_cell_is_never_run_as_bash(client: Client, server: JupyterServer) -> None:
     session_id = client.run("import os; os.makedirs('broken'); os.chdir('broken')")["session_id"]
     wrong = []
     for code in BROKEN_PYTHON:
         result = client.run(code, session_id)
-        if not re.search("SyntaxError|IndentationError", str(result["error"])) \
-                or language(server.notebook(session_id)) == BASH:
+        if (
+            not re.search("SyntaxError|IndentationError", str(result["error"]))
+            or language(server.notebook(session_id)) == BASH
+        ):
             wrong.append((code, result))
     assert wrong == [] and os.listdir(server.root / "notebooks" / "broken") == []
     assert client.run("21 * 2", session_id)["result"] == ["42"]
@@ -1572,8 +1905,11 @@ def test_package_installers_are_turned_towards_the_kernels_environment(
         text = f"import sys; print('{name} of', sys.executable, sys.argv[1:])"
         (folder / name / "__main__.py").write_text(text)
     session_id = client.run("cd installers")["session_id"]
-    for code in ("pip install 'a b>=1' -q", "%pip install 'a b>=1' -q",
-                 "x = 5\npip install 'a b>=1' -q"):
+    for code in (
+        "pip install 'a b>=1' -q",
+        "%pip install 'a b>=1' -q",
+        "x = 5\npip install 'a b>=1' -q",
+    ):
         result = client.run(code, session_id)
         assert f"pip of {sys.executable} ['install', 'a b>=1', '-q']" in result["result"][0], result
     assert client.run("x", session_id)["result"] == ["5"]
@@ -1611,16 +1947,22 @@ COMMANDS: list[tuple[str, str]] = [
     ("ps -ef | grep -c '[p]s -ef'", r"[1-9]\d*"),
     ("env | grep ^HOME=", "HOME=.+"),
     ("export GREETING='hi there' && echo $GREETING", "hi there"),
-    ("echo \"$GREETING\" | tee -a lines.txt", "hi there"),
+    ('echo "$GREETING" | tee -a lines.txt', "hi there"),
     ("date +%Y", r"20\d\d"),
     ("whoami", r"\w+"),
     ("uname -a", r"\w+ .*"),
     ("which python", ".*/python"),
     ("python --version", rf"Python {sys.version_info[0]}\.{sys.version_info[1]}\..*"),
-    ("python -c \"import sys; print(sys.prefix)\"", re.escape(sys.prefix)),
+    ('python -c "import sys; print(sys.prefix)"', re.escape(sys.prefix)),
     ("python -m json.tool <<< '{\"a\": 1}'", r'\{\n    "a": 1\n\}'),
-    ("cat > hi.py <<'EOF'\nimport sys\nprint('hi', *sys.argv[1:])\nEOF\npython hi.py there", "hi there"),
-    ("printf '#!/bin/bash\\necho run $1\\n' > run.sh && chmod +x run.sh && ./run.sh now", "run now"),
+    (
+        "cat > hi.py <<'EOF'\nimport sys\nprint('hi', *sys.argv[1:])\nEOF\npython hi.py there",
+        "hi there",
+    ),
+    (
+        "printf '#!/bin/bash\\necho run $1\\n' > run.sh && chmod +x run.sh && ./run.sh now",
+        "run now",
+    ),
     ("git init -q . && git config user.email a@b && git config user.name A", ""),
     ("git add -A && git commit -qm 'first' && git log --oneline", r"[0-9a-f]{7,} first"),
     ("git log", r"commit [0-9a-f]{40}\nAuthor: A <a@b>\nDate: .*\n\n    first"),
@@ -1633,7 +1975,7 @@ COMMANDS: list[tuple[str, str]] = [
     ("make X=it", "made it"),
     ("make -n", "echo made ?"),
     ("diff <(echo a) <(echo a) && echo same", "same"),
-    ("for f in *.txt; do echo \"$f\"; done", r"a\.txt\nb c\.txt\nlines\.txt"),
+    ('for f in *.txt; do echo "$f"; done', r"a\.txt\nb c\.txt\nlines\.txt"),
     ("i=0; while [ $i -lt 3 ]; do i=$((i+1)); done; echo $i", "3"),
     ("if [ -f a.txt ]; then echo there; else echo not; fi", "there"),
     ("seq 3 | paste -sd+ | sed 's/$/\\n/' | head -1", r"1\+2\+3"),
@@ -1652,7 +1994,10 @@ def test_commands_do_what_they_do_in_a_terminal(
     wrong = []
     for code, pattern in COMMANDS:
         if "{url}" in code or "{{" in code:
-            code, pattern = code.format(url=server.url), pattern.replace("{{", "{").replace("}}", "}")
+            code, pattern = (
+                code.format(url=server.url),
+                pattern.replace("{{", "{").replace("}}", "}"),
+            )
         result = shell(code)
         if result["error"] or not re.fullmatch(pattern, "\n".join(result["result"])):
             wrong.append((code, result))
@@ -1663,13 +2008,24 @@ STATUSES: list[tuple[str, list[str], str]] = [
     ("exit 3", [], "Command exited with status 3"),
     ("false", [], "Command exited with status 1"),
     ("grep -c zzz /dev/null", ["0"], "Command exited with status 1"),
-    ("ls /no/such/thing", ["ls: cannot access '/no/such/thing': No such file or directory"],
-     "Command exited with status 2"),
+    (
+        "ls /no/such/thing",
+        ["ls: cannot access '/no/such/thing': No such file or directory"],
+        "Command exited with status 2",
+    ),
     ("echo a; nosuchcommand; echo b", ["a\n*nosuchcommand: command not found\nb"], ""),
-    ("echo a; nosuchcommand", ["a\n*nosuchcommand: command not found"], "Command exited with status 127"),
+    (
+        "echo a; nosuchcommand",
+        ["a\n*nosuchcommand: command not found"],
+        "Command exited with status 127",
+    ),
     ("set -e\nfalse\necho never", [], "Command exited with status 1"),
     ("set -euo pipefail\nfalse | cat\necho never", [], "Command exited with status 1"),
-    ("set -u\necho $NO_SUCH_VARIABLE\necho never", ["*unbound variable"], "Command exited with status *"),
+    (
+        "set -u\necho $NO_SUCH_VARIABLE\necho never",
+        ["*unbound variable"],
+        "Command exited with status *",
+    ),
     ("%%bash\nset -x\ntrue", ["+ true"], ""),
     ("f() { return 7; }\nf", [], "Command exited with status 7"),
     ("(exit 4)", [], "Command exited with status 4"),
@@ -1686,7 +2042,7 @@ STATUSES: list[tuple[str, list[str], str]] = [
     ("printf '\\303'; sleep 0.2; printf '\\251\\n'", ["é"], ""),
     ("printf '\\e[31mred\\e[0m\\n'", ["red"], ""),
     ("cat", [], ""),
-    ("read line || echo \"end of input\"", ["end of input"], ""),
+    ('read line || echo "end of input"', ["end of input"], ""),
     ("python -c 'print(input())' 2>&1 | tail -1", ["EOFError: EOF when reading a line"], ""),
     ("[ -t 0 ] || [ -t 1 ] || echo no terminal", ["no terminal"], ""),
     ("echo $TERM; echo ${FORCE_COLOR-none}", ["dumb\nnone"], ""),
@@ -1695,7 +2051,11 @@ STATUSES: list[tuple[str, list[str], str]] = [
     ("echo $0 $#", ["bash 0"], ""),
     ("head -c 300000 /dev/urandom | wc -c", ["300000"], ""),
     ("yes | head -1", ["y"], ""),
-    ("x=$(cat <<'EOF'\nit's \"quoted\" \\ `here`\nEOF\n)\necho \"$x\"", ["it's \"quoted\" \\ `here`"], ""),
+    (
+        'x=$(cat <<\'EOF\'\nit\'s "quoted" \\ `here`\nEOF\n)\necho "$x"',
+        ['it\'s "quoted" \\ `here`'],
+        "",
+    ),
     ("echo a\r\necho b\r\n", ["a\nb"], ""),
 ]
 
@@ -1710,14 +2070,20 @@ def test_output_and_exit_status_of_commands(
 ) -> None:
     answer = shell(code)
     if result is not None:
-        assert len(answer["result"]) == len(result) and all(map(matches, answer["result"], result)), answer
+        assert len(answer["result"]) == len(result) and all(
+            map(matches, answer["result"], result)
+        ), answer
     assert len(answer["error"]) == bool(error) and matches("".join(answer["error"]), error), answer
     assert shell("%%bash\necho on")["result"] == ["on"]
 
 
 def test_random_bytes_are_shown_somehow(shell: Callable[..., dict[str, Any]]) -> None:
     answer = shell("head -c 20000 /dev/urandom")
-    assert answer["error"] == [] and "\ufffd" in answer["result"][0] and "\x1b[" not in answer["result"][0]
+    assert (
+        answer["error"] == []
+        and "\ufffd" in answer["result"][0]
+        and "\x1b[" not in answer["result"][0]
+    )
     assert shell("21 * 2")["result"] == ["42"]
 
 
@@ -1732,17 +2098,23 @@ SHARED: list[tuple[str, str]] = [
     ("pwd; echo ${INNER-unset}", "{shared}/with space\nunset"),
     ("cd .. && cd - > /dev/null && pwd && cd ..", "{shared}/with space"),
     ("export A=1 B='two words' C=$'a\\nb=c' D= E=é; F=not-exported", ""),
-    ("echo \"$A|$B|$C|$D|$E|${F-unset}\"", "1|two words|a\nb=c||é|unset"),
-    ("print([os.environ.get(n) for n in 'ABCDEF'])", "['1', 'two words', 'a\\nb=c', '', 'é', None]"),
+    ('echo "$A|$B|$C|$D|$E|${F-unset}"', "1|two words|a\nb=c||é|unset"),
+    (
+        "print([os.environ.get(n) for n in 'ABCDEF'])",
+        "['1', 'two words', 'a\\nb=c', '', 'é', None]",
+    ),
     ("os.environ['A'] = 'from python'; del os.environ['B']", ""),
-    ("echo \"$A ${B-unset}\"", "from python unset"),
+    ('echo "$A ${B-unset}"', "from python unset"),
     ("unset A", ""),
     ("print('A' in os.environ)", "False"),
     ("echo ${A-unset}", "unset"),
-    ("export -n C; echo \"$C\"", "a\nb=c"),
+    ('export -n C; echo "$C"', "a\nb=c"),
     ("print('C' in os.environ)", "False"),
-    ("export PATH=$PATH:$PWD/bin; mkdir -p bin; printf '#!/bin/sh\\necho mine' > bin/mytool; "
-     "chmod +x bin/mytool", ""),
+    (
+        "export PATH=$PATH:$PWD/bin; mkdir -p bin; printf '#!/bin/sh\\necho mine' > bin/mytool; "
+        "chmod +x bin/mytool",
+        "",
+    ),
     ("mytool", "mine"),
     ("mytool --flag x", "mine"),
     ("A=1 true; echo ${A-unset}", "unset"),
@@ -1758,7 +2130,7 @@ SHARED: list[tuple[str, str]] = [
     ("pwd", "{shared}/inner"),
     ("ln -s inner ../link && cd ../link && true", ""),
     ("import os; os.path.realpath(os.getcwd()) == os.path.realpath('{shared}/inner')", "True"),
-    ("for i in 1 2; do cd ..; break; done; echo \"${{PS4}}\" > /dev/null", ""),
+    ('for i in 1 2; do cd ..; break; done; echo "${{PS4}}" > /dev/null', ""),
     ("f() { export FROM_FUNCTION=yes; cd /tmp; }; f", ""),
     ("echo $FROM_FUNCTION $PWD", "yes /tmp"),
     ("printf -v BIG '%0100000d' 7; export BIG; echo ${{#BIG}}", "100000"),
@@ -1793,7 +2165,9 @@ def test_a_working_directory_that_was_deleted_does_not_wedge_the_session(
     result = client.run("echo on", session_id)
     assert result["result"][-1].splitlines()[-1] == "on" and result["error"] == []
     assert client.run("cd /tmp && pwd", session_id)["result"] == ["/tmp"]
-    client.run("mkdir -p /tmp/doomed-too && cd /tmp/doomed-too && rmdir /tmp/doomed-too", session_id)
+    client.run(
+        "mkdir -p /tmp/doomed-too && cd /tmp/doomed-too && rmdir /tmp/doomed-too", session_id
+    )
     assert client.run("21 * 2", session_id)["result"] == ["42"]
     assert client.run("cd /tmp; pwd", session_id)["result"][-1].splitlines()[-1] == "/tmp"
 
@@ -1809,10 +2183,24 @@ def test_directory_and_exports_come_back_with_a_restored_session(
 
 
 # Python cells with bash between them: the kernel must look as if only the Python cells had run.
-TRACES = ["x = 1", "x + 1", "1 / 0", "get_ipython().execution_count", "sorted(globals())", "sorted(dir())",
-          "In", "Out", "_, __, ___, _i, _ii", "sorted(vars(__import__('builtins')))",
-          "get_ipython().history_manager.input_hist_raw", "len(get_ipython().ev('__builtins__').__dict__)",
-          "'_oh' in globals(), _ih is In", "__name__, __doc__", "import sys; sys.path", "x"]
+TRACES = [
+    "x = 1",
+    "x + 1",
+    "1 / 0",
+    "get_ipython().execution_count",
+    "sorted(globals())",
+    "sorted(dir())",
+    "In",
+    "Out",
+    "_, __, ___, _i, _ii",
+    "sorted(vars(__import__('builtins')))",
+    "get_ipython().history_manager.input_hist_raw",
+    "len(get_ipython().ev('__builtins__').__dict__)",
+    "'_oh' in globals(), _ih is In",
+    "__name__, __doc__",
+    "import sys; sys.path",
+    "x",
+]
 
 
 def test_nothing_of_the_helper_shows_in_the_users_kernel(
@@ -1835,8 +2223,13 @@ def test_nothing_of_the_helper_shows_in_the_users_kernel(
 
 def test_nothing_of_the_helper_shows_in_a_traceback(client: Client) -> None:
     session_id = client.run("echo hi")["session_id"]
-    codes = ["def f():\n    1 / 0\nf()", "ls undefined", "raise KeyError", "import traceback\n"
-             "try: 1 / 0\nexcept Exception: traceback.print_exc()\ntraceback.print_stack()\nfoo bar"]
+    codes = [
+        "def f():\n    1 / 0\nf()",
+        "ls undefined",
+        "raise KeyError",
+        "import traceback\n"
+        "try: 1 / 0\nexcept Exception: traceback.print_exc()\ntraceback.print_stack()\nfoo bar",
+    ]
     text = "\n".join(str(client.run(code, session_id)) for code in codes)
     assert text.count("Error") > 3 and "interpreter_mcp" not in text
 
@@ -1844,21 +2237,31 @@ def test_nothing_of_the_helper_shows_in_a_traceback(client: Client) -> None:
 SHADOWS = [
     "print = open = exec = compile = str = len = type = hasattr = dict = bytes = 5",
     "__import__ = getattr = isinstance = next = __name__ = __builtin__ = None",
-    "get_ipython = None", "os = subprocess = sys = re = shutil = ast = 1",
-    "import sys, os; sys.stdout = open(os.devnull, 'w')", "import sys, io; sys.stdout = sys.stderr = io.StringIO()",
-    "import sys; sys.stdin.close()", "import sys; sys.stdout.write = None",
-    "import sys; sys.path[:] = []", "import os; os.environ.clear(); os.environ['PATH'] = '/usr/bin:/bin'",
-    "import builtins; builtins.print = None", "import sys; sys.displayhook = sys.excepthook = None",
+    "get_ipython = None",
+    "os = subprocess = sys = re = shutil = ast = 1",
+    "import sys, os; sys.stdout = open(os.devnull, 'w')",
+    "import sys, io; sys.stdout = sys.stderr = io.StringIO()",
+    "import sys; sys.stdin.close()",
+    "import sys; sys.stdout.write = None",
+    "import sys; sys.path[:] = []",
+    "import os; os.environ.clear(); os.environ['PATH'] = '/usr/bin:/bin'",
+    "import builtins; builtins.print = None",
+    "import sys; sys.displayhook = sys.excepthook = None",
     "import sys; sys.settrace(None)",
     "import warnings; warnings.simplefilter('error')",
     "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
-    "import sys; sys.setrecursionlimit(150)", "import gc; gc.disable()",
-    "import threading; threading.Thread = None", "import locale; locale.setlocale(locale.LC_ALL, 'C')",
+    "import sys; sys.setrecursionlimit(150)",
+    "import gc; gc.disable()",
+    "import threading; threading.Thread = None",
+    "import locale; locale.setlocale(locale.LC_ALL, 'C')",
 ]
 
 
 def test_bash_works_whatever_the_users_code_has_shadowed(client: Client) -> None:
-    session_id, wrong = client.run("import sys; out, err = sys.stdout, sys.stderr; x = 6")["session_id"], []
+    session_id, wrong = (
+        client.run("import sys; out, err = sys.stdout, sys.stderr; x = 6")["session_id"],
+        [],
+    )
     for code in SHADOWS:
         client.run(code, session_id)
         for command, expected in (("echo hi", ["hi"]), ("ls -d /tmp", ["/tmp"]), ("x * 7", ["42"])):
@@ -1885,7 +2288,7 @@ FAMILIES = {
     "child and grandchild": "bash -c 'sleep {0} & sleep {0}; true'; true",
     "in the background": "sleep {0} & sleep {0} & wait",
     "ignoring signals": "trap '' INT TERM; bash -c 'trap \"\" INT; sleep {0}; sleep {0}'; sleep {0}",
-    "python": "python -c 'import subprocess, sys; subprocess.call([\"sleep\", \"{0}\"])'",
+    "python": 'python -c \'import subprocess, sys; subprocess.call(["sleep", "{0}"])\'',
     "a pipe": "sleep {0} | cat | cat",
 }
 
@@ -1916,7 +2319,7 @@ def test_output_streams_while_the_command_runs(client: Client, server: JupyterSe
 
 
 def test_a_server_in_the_background_neither_hangs_the_call_nor_dies_with_it(
-    shell: Callable[..., dict[str, Any]]
+    shell: Callable[..., dict[str, Any]],
 ) -> None:
     port = free_port()
     started = time.monotonic()
@@ -1932,7 +2335,7 @@ def test_a_server_in_the_background_neither_hangs_the_call_nor_dies_with_it(
 
 
 def test_what_a_background_child_prints_comes_with_a_later_call(
-    shell: Callable[..., dict[str, Any]]
+    shell: Callable[..., dict[str, Any]],
 ) -> None:
     gate: Path = shell.folder / "late-gate"  # type: ignore[attr-defined]
     shell(f"(until [ -e {gate} ]; do sleep 0.02; done; echo late) & true")
@@ -2003,9 +2406,9 @@ def test_other_kernels_than_ipython_get_their_cells_unchanged(
     spec = tmp_path / "share" / "kernels" / "bash"
     spec.mkdir(parents=True)
     argv = [sys.executable, "-m", "bash_kernel", "-f", "{connection_file}"]
-    (spec / "kernel.json").write_text(json.dumps(
-        {"argv": argv, "display_name": "Bash", "language": "bash"}
-    ))
+    (spec / "kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": "Bash", "language": "bash"})
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
     server = JupyterServer(tmp_path)
     try:
@@ -2051,8 +2454,9 @@ class Network(Proxy):
                 waiting.put((time.monotonic() + self.delay_s, data))
         waiting.put((time.monotonic() + self.delay_s, b""))
 
-    def _deliver(self, waiting: Any, source: socket.socket, target: socket.socket,
-                 from_client: bool) -> None:
+    def _deliver(
+        self, waiting: Any, source: socket.socket, target: socket.socket, from_client: bool
+    ) -> None:
         with suppress(OSError):
             while (item := waiting.get())[1]:
                 time.sleep(max(0.0, item[0] - time.monotonic()))
@@ -2078,9 +2482,7 @@ class Trial:
     """A session that is hurt and one beside it that must not notice, on one MCP server. Cells write
     to files: how often they ran, and that they saw something; and wait for a file."""
 
-    def __init__(
-        self, client: Client, folder: Path, beside: int = 0, session_id: int = 0
-    ) -> None:
+    def __init__(self, client: Client, folder: Path, beside: int = 0, session_id: int = 0) -> None:
         self.client, self.folder = client, folder
         self.session_id: int = session_id or client.run("kept = 5")["session_id"]
         self.beside = beside or client.run("beside = 42")["session_id"]
@@ -2213,8 +2615,12 @@ def network(far_side: tuple[Network, Client, int]) -> Iterator[Network]:
 
 
 @pytest.fixture
-def far(network: Network, far_side: tuple[Network, Client, int], tmp_path: Path,
-        kept_sessions: dict[int, int]) -> Trial:
+def far(
+    network: Network,
+    far_side: tuple[Network, Client, int],
+    tmp_path: Path,
+    kept_sessions: dict[int, int],
+) -> Trial:
     """A trial whose server is behind a network, which the kernel survives."""
     return shared_trial(far_side[1], tmp_path, far_side[2], kept_sessions)
 
@@ -3008,7 +3414,8 @@ FINAL = {
     "progress bar": ("for n in range(101):\n    print(f'\\r{n}%', end='', flush=True)", ["100%"]),
     "bar of a line": ("print('old\\rnew')\nprint('windows\\r\\nlines')", ["new\nwindows\nlines"]),
     "bar on stderr": (
-        "import sys\nfor n in range(9):\n    print(n, end='\\r', file=sys.stderr)", ["8"]
+        "import sys\nfor n in range(9):\n    print(n, end='\\r', file=sys.stderr)",
+        ["8"],
     ),
 }
 
@@ -3106,15 +3513,28 @@ def test_a_client_that_goes_away_leaves_its_code_running_and_finds_it_in_the_not
 
 def test_stdout_carries_json_rpc_and_nothing_else(server: JupyterServer) -> None:
     cells = ["print('out')", "1 / 0", "ls", "import os\nos._exit(1)", "x = 1\x1b[0m", "'\\udc80'"]
-    start = {"protocolVersion": "2025-06-18", "capabilities": {},
-             "clientInfo": {"name": "raw", "version": "1"}}
+    start = {
+        "protocolVersion": "2025-06-18",
+        "capabilities": {},
+        "clientInfo": {"name": "raw", "version": "1"},
+    }
     messages: list[dict[str, Any]] = [
-        {"id": 0, "method": "initialize", "params": start}, {"method": "notifications/initialized"},
-        {"id": 90, "method": "tools/list"}, {"id": 91, "method": "no/such/method"},
+        {"id": 0, "method": "initialize", "params": start},
+        {"method": "notifications/initialized"},
+        {"id": 90, "method": "tools/list"},
+        {"id": 91, "method": "no/such/method"},
         {"id": 92, "method": "tools/call", "params": {"name": "no_such_tool", "arguments": {}}},
-        *({"id": n, "method": "tools/call",
-           "params": {"name": "execute_code", "arguments": {"code": code, "session_id": 31337}}}
-          for n, code in enumerate(cells, 1)),
+        *(
+            {
+                "id": n,
+                "method": "tools/call",
+                "params": {
+                    "name": "execute_code",
+                    "arguments": {"code": code, "session_id": 31337},
+                },
+            }
+            for n, code in enumerate(cells, 1)
+        ),
     ]
     flags = ["--jupyter-base-url", server.url, "--jupyter-token", server.token, "--verbose"]
     pipe = subprocess.PIPE
@@ -3140,9 +3560,7 @@ def test_stdout_carries_json_rpc_and_nothing_else(server: JupyterServer) -> None
 # --- Load ----------------------------------------------------------------------------------------
 
 
-def test_calls_that_time_out_keep_their_order(
-    trial: Trial, server: JupyterServer
-) -> None:
+def test_calls_that_time_out_keep_their_order(trial: Trial, server: JupyterServer) -> None:
     trial.client.run(trial.code("seen = []"), trial.session_id)
     calls = [
         trial.client.start(f"seen.append({n})\nprint({n})", trial.session_id) for n in range(100)
@@ -3184,8 +3602,9 @@ def test_threads_and_descriptors_do_not_leak(far: Trial, network: Network) -> No
     eventually(lambda: process.num_fds() <= before[1] + 5, 45)
 
 
-def test_50_sessions_at_once_each_get_their_own(clients: Callable[..., Client],
-                                               own_server: JupyterServer) -> None:
+def test_50_sessions_at_once_each_get_their_own(
+    clients: Callable[..., Client], own_server: JupyterServer
+) -> None:
     client = clients(server=own_server)
     calls = [client.start(f"own = {n}", timeout=150) for n in range(50)]
     opened = [outcome(call, 180) for call in calls]
@@ -3330,8 +3749,12 @@ def test_bench_new_session(fast: Client) -> None:
         floor.append(time.perf_counter() - started)
         zeromq.close()
     figure = f"{milliseconds(ours):.0f} / {milliseconds(floor):.0f} ms"
-    row("first result of a new session / jupyter_client", figure,
-        milliseconds(ours) / milliseconds(floor), 1.3)
+    row(
+        "first result of a new session / jupyter_client",
+        figure,
+        milliseconds(ours) / milliseconds(floor),
+        1.3,
+    )
 
 
 @pytest.mark.bench
@@ -3390,8 +3813,11 @@ server.run("stdio")
 
 def seconds_to_initialize(command: list[str]) -> float:
     """From the start of a process to its answer to `initialize`."""
-    start = {"protocolVersion": "2025-06-18", "capabilities": {},
-             "clientInfo": {"name": "bench", "version": "1"}}
+    start = {
+        "protocolVersion": "2025-06-18",
+        "capabilities": {},
+        "clientInfo": {"name": "bench", "version": "1"},
+    }
     message = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": start}
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     started = time.perf_counter()
@@ -3410,8 +3836,11 @@ def seconds_to_initialize(command: list[str]) -> float:
 def test_bench_start(fast_server: JupyterServer, tmp_path: Path) -> None:
     script = tmp_path / "empty.py"
     script.write_text(EMPTY_SERVER)
-    ours_command = [*COMMAND, f"--jupyter-base-url={fast_server.url}",
-                    f"--jupyter-token={fast_server.token}"]
+    ours_command = [
+        *COMMAND,
+        f"--jupyter-base-url={fast_server.url}",
+        f"--jupyter-token={fast_server.token}",
+    ]
     ours, empty = [], []
     for _ in range(12):
         ours.append(seconds_to_initialize(ours_command))
