@@ -48,7 +48,6 @@ import contextlib
 import importlib
 import importlib.util
 import io
-import itertools
 import json
 import keyword
 import logging
@@ -236,15 +235,15 @@ def encode(channel: str, header: Any, content: Any, *, binary: bool) -> bytes:
         return json.dumps({"channel": channel, **names, "buffers": []}).encode()
     parts = [channel.encode(), *(json.dumps(part).encode() for part in names.values())]
     # of each part and of the end; their number comes first
-    offsets = itertools.accumulate(map(len, parts), initial=8 * (len(parts) + 2))
-    return b"".join([*(n.to_bytes(8, "little") for n in (len(parts) + 1, *offsets)), *parts])
+    offsets = [8 * (len(parts) + 2) + len(b"".join(parts[:n])) for n in range(len(parts) + 1)]
+    return b"".join([*(n.to_bytes(8, "little") for n in (len(offsets), *offsets)), *parts])
 
 
 def decode(frame: bytes, *, binary: bool) -> Message:
     """A websocket frame as a message. Buffers, which only widgets have, are left out."""
     if binary:
         ends = [int.from_bytes(frame[i : i + 8], "little") for i in range(8, 56, 8)]
-        channel, *parts = (frame[start:end] for start, end in itertools.pairwise(ends))
+        channel, *parts = (frame[ends[i] : ends[i + 1]] for i in range(5))
         header, parent, _, content = map(json.loads, parts)
         return Message(channel.decode(), header["msg_type"], parent, content)
     if frame[:1] != b"{":  # JSON with buffers: their number and the offsets, in 4 bytes each
@@ -1761,12 +1760,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # Ends with us, whatever ends us: its standard input is a pipe that then closes. Its first line of
 # output is its URL, when it listens.
-LOCAL_SERVER = """import sys, threading
+LOCAL_SERVER = """import os, sys, threading
 from jupyter_server.serverapp import ServerApp
+def listening():
+    print(app.connection_url, flush=True)
+    os.dup2(2, 1)  # nobody reads the pipe any more
 app = ServerApp.instance()
 app.initialize(sys.argv[1:])
 threading.Thread(target=lambda: (sys.stdin.read(), app.stop()), daemon=True).start()
-app.io_loop.add_callback(print, app.connection_url, flush=True)
+app.io_loop.add_callback(listening)
 app.start()"""
 
 

@@ -30,6 +30,7 @@ import psutil
 import pytest
 import requests
 import responses
+import trustme
 import websocket
 from jupyter_client import BlockingKernelClient, KernelManager
 from mcp import ClientSession, StdioServerParameters
@@ -502,6 +503,29 @@ def web() -> Iterator[Callable[..., Web]]:
 
 
 @pytest.fixture(scope="session")
+def other_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    """A Jupyter server with two more kernels: `broken` cannot start, `bash` is not IPython."""
+    folder = tmp_path_factory.mktemp("other")
+    for name, program in {
+        "broken": ["/no/such/python"],
+        "bash": [sys.executable, "-m", "bash_kernel"],
+    }.items():
+        spec = {
+            "argv": [*program, "-f", "{connection_file}"],
+            "display_name": name,
+            "language": name,
+        }
+        (folder / "share" / "kernels" / name).mkdir(parents=True)
+        (folder / "share" / "kernels" / name / "kernel.json").write_text(json.dumps(spec))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder / "share"))
+        server = JupyterServer(folder)
+    yield server
+    server.process.kill()  # it waits long for such kernels when it is asked to end
+    server.process.wait()
+
+
+@pytest.fixture(scope="session")
 def run(client: Client) -> Callable[..., dict[str, Any]]:
     """Runs code in a session that those tests share which leave nothing behind."""
     session_id = client.run("0")["session_id"]
@@ -516,7 +540,10 @@ HTML = {"body": "<html>Sign in", "content_type": "text/html"}
 HTTP_FAILURES: list[tuple[dict[str, Any], list[str]]] = [
     ({"status": 401}, ["token", "401"]),
     ({"status": 403, "json": {"message": "Forbidden"}}, ["token", "403"]),
-    ({"status": 404, "json": {"message": "nothing here"}}, ["404", "nothing here"]),
+    (
+        {"status": 404, "json": {"message": "nothing here"}},
+        ["https://jupyter.test/lab", "--jupyter-base-url"],
+    ),
     ({"status": 409, "body": "no JSON"}, ["409", "Conflict"]),
     ({"status": 500, "json": {"message": "disk full"}}, ["500", "disk full"]),
     ({"status": 500, "json": []}, ["500"]),
@@ -530,12 +557,12 @@ HTTP_FAILURES: list[tuple[dict[str, Any], list[str]]] = [
         ["https://jupyter.example/"],
     ),
     ({"status": 200, **HTML}, ["not a Jupyter server"]),
-    ({"status": 200, "json": ["something else"]}, ["not a Jupyter server"]),
-    ({"status": 200, "json": {"kernels": 3}}, ["not a Jupyter server"]),
+    ({"status": 200, "json": ["something else"]}, ["Jupyter server", "--jupyter-base-url"]),
+    ({"status": 200, "json": {"kernels": 3}}, ["Jupyter server", "--jupyter-base-url"]),
     ({"status": 200, "body": b"\xff\xfe", "content_type": "application/json"}, ["not a Jupyter"]),
     ({"body": requests.ConnectionError("Connection refused")}, ["refused"]),
-    ({"body": requests.ConnectTimeout("slow")}, ["within"]),
-    ({"body": requests.ReadTimeout("slow")}, ["within"]),
+    ({"body": requests.ConnectTimeout("slow")}, ["https://jupyter.test/lab", " s"]),
+    ({"body": requests.ReadTimeout("slow")}, ["No answer", " s"]),
     ({"body": requests.exceptions.SSLError("self-signed certificate")}, ["TLS", "--ca-bundle"]),
     ({"body": requests.exceptions.ProxyError("no route")}, ["proxy", "PROXY"]),
     ({"body": requests.exceptions.ChunkedEncodingError("cut")}, ["https://jupyter.test"]),
@@ -808,14 +835,10 @@ UNREADABLE = [
     b"not JSON",
     b"",
     b"[]",
-    b'"text"',
     b"\xff\xfe\x00",
-    b'{"nbformat": 4}',
-    b'{"cells": 3}',
     b'{"cells": [{}], "nbformat": 4}',
     b'{"cells": [], "metadata": [], "nbformat": 4}',
     b'{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": []}',
-    b'{"nbformat": 5, "nbformat_minor": 0, "metadata": {}, "cells": []}',
 ]
 
 
@@ -1459,6 +1482,9 @@ def test_each_cause_of_a_failed_start_is_one_clear_sentence(
     names |= {"html": web({"": HTML_PAGE}).url, "hub": web({"": TO_HUB}).url}
     flags, words = FAILURES[cause]
     given = [each.format(**names) for each in flags if each != "{right}"]
+    given += (
+        [] if cause in ("refused", "wrong token") else ["--execute", "1"]
+    )  # without the SDK: faster
     ended = command(*(flags_for(server) if "{right}" in flags else []), *given)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert [word for word in words if word.format(**names) not in ended.stderr] == [], ended.stderr
@@ -1521,33 +1547,20 @@ def test_execute_runs_one_cell_and_prints_the_result(server: JupyterServer) -> N
         assert list(printed) == ["result", "error", "session_id"]
         assert (printed["result"], ended.returncode, ended.stderr) == (result, status, "")
         assert error in "".join(printed["error"]) and bool(printed["error"]) == bool(error)
-        again = command(
-            *flags_for(server), "--execute", "21 * 2", "--session-id", str(printed["session_id"])
-        )
-        assert json.loads(again.stdout) == {**printed, "result": ["42"], "error": []}
+    session_id = printed["session_id"]
+    again = command(*flags_for(server), "--execute", "21 * 2", "--session-id", str(session_id))
+    assert json.loads(again.stdout) == {"result": ["42"], "error": [], "session_id": session_id}
 
 
-def test_execute_names_the_step_that_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = tmp_path / "share" / "kernels" / "broken"
-    spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(
-        json.dumps({"argv": ["/no/such/python"], "display_name": "Broken", "language": "python"})
-    )
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
-    server = JupyterServer(tmp_path)
-    try:
-        ended = command(*flags_for(server), "--kernel-name", "broken", "--execute", "1")
-        assert ended.returncode == 1 and "kernel" in json.loads(ended.stdout)["error"][0].lower()
-        assert "Traceback" not in ended.stderr
-        ended = command(*flags_for(server), "--execute", "21 * 2")
-        assert json.loads(ended.stdout)["result"] == ["42"]
-    finally:
-        server.stop()
+def test_execute_names_the_step_that_failed(other_kernels: JupyterServer) -> None:
+    ended = command(*flags_for(other_kernels), "--kernel-name", "broken", "--execute", "1")
+    assert ended.returncode == 1 and "kernel" in json.loads(ended.stdout)["error"][0].lower()
+    assert ended.stderr == ""
+    ended = command(*flags_for(other_kernels), "--execute", "21 * 2")
+    assert json.loads(ended.stdout)["result"] == ["42"]
 
 
-@pytest.mark.parametrize("folder", ["a/b c/é", "{root}/absolute/deep", ".", "{root}", "x/../y/"])
+@pytest.mark.parametrize("folder", ["a/b c/é", "{root}/absolute/deep", ".", "x/../y/"])
 def test_the_notebooks_folder_is_made_and_used(server: JupyterServer, folder: str) -> None:
     given = folder.format(root=server.root)
     ended = command(
@@ -1581,14 +1594,12 @@ def test_local_runs_a_server_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_local_server_ends_with_the_command_however_that_ends(tmp_path: Path) -> None:
-    for way in ("close", "kill"):
-        client = Client(None, "--local", str(tmp_path))
-        assert client.run("21 * 2")["result"] == ["42"]
-        (server,) = psutil.Process(client.pid).children()
-        processes = [server, *server.children(recursive=True)]
-        assert len(processes) > 1
-        getattr(client, way)()
-        eventually(lambda: not any(map(psutil.Process.is_running, processes)))
+    client = Client(None, "--local", str(tmp_path))
+    assert client.run("21 * 2")["result"] == ["42"]
+    processes = psutil.Process(client.pid).children(recursive=True)
+    assert len(processes) > 1  # the Jupyter server and a kernel
+    client.kill()
+    eventually(lambda: not any(map(psutil.Process.is_running, processes)))
 
 
 def test_kernels_stay_when_the_mcp_server_exits(
@@ -2026,7 +2037,7 @@ STATUSES: list[tuple[str, list[str], str]] = [
         ["*unbound variable"],
         "Command exited with status *",
     ),
-    ("%%bash\nset -x\ntrue", ["+ true"], ""),
+    ("%%bash\nset -x\ntrue", ["+* true"], ""),
     ("f() { return 7; }\nf", [], "Command exited with status 7"),
     ("(exit 4)", [], "Command exited with status 4"),
     ("kill -9 $$", [], "*SIGKILL*"),
@@ -2079,11 +2090,7 @@ def test_output_and_exit_status_of_commands(
 
 def test_random_bytes_are_shown_somehow(shell: Callable[..., dict[str, Any]]) -> None:
     answer = shell("head -c 20000 /dev/urandom")
-    assert (
-        answer["error"] == []
-        and "\ufffd" in answer["result"][0]
-        and "\x1b[" not in answer["result"][0]
-    )
+    assert answer["error"] == [] and "\ufffd" in answer["result"][0]
     assert shell("21 * 2")["result"] == ["42"]
 
 
@@ -2401,27 +2408,17 @@ def test_a_newer_helper_replaces_an_older_one_in_a_living_kernel(
 
 
 def test_other_kernels_than_ipython_get_their_cells_unchanged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clients: Callable[..., Client]
+    other_kernels: JupyterServer, clients: Callable[..., Client]
 ) -> None:
-    spec = tmp_path / "share" / "kernels" / "bash"
-    spec.mkdir(parents=True)
-    argv = [sys.executable, "-m", "bash_kernel", "-f", "{connection_file}"]
-    (spec / "kernel.json").write_text(
-        json.dumps({"argv": argv, "display_name": "Bash", "language": "bash"})
-    )
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
-    server = JupyterServer(tmp_path)
-    try:
-        client = clients("--kernel-name", "bash", server=server)
-        session_id = client.run("x=5; print() { echo printed; }")["session_id"]
-        assert client.run("echo $x; print", session_id)["result"] == ["5\nprinted"]
-        assert sources(server.notebook(session_id))[1] == "echo $x; print"
-        assert server.notebook(session_id)["metadata"]["kernelspec"]["name"] == "bash"
-        server.api("DELETE", f"kernels/{server.kernel_id(session_id)}").raise_for_status()
-        result = client.run("echo $x", session_id)
-        assert is_report(result["result"][0], 2) and result["result"][1:] == ["5"]
-    finally:
-        server.stop()
+    server = other_kernels
+    client = clients("--kernel-name", "bash", server=server)
+    session_id = client.run("x=5; print() { echo printed; }")["session_id"]
+    assert client.run("echo $x; print", session_id)["result"] == ["5\nprinted"]
+    assert sources(server.notebook(session_id))[1] == "echo $x; print"
+    assert server.notebook(session_id)["metadata"]["kernelspec"]["name"] == "bash"
+    server.api("DELETE", f"kernels/{server.kernel_id(session_id)}").raise_for_status()
+    result = client.run("echo $x", session_id)
+    assert is_report(result["result"][0], 2) and result["result"][1:] == ["5"]
 
 
 # --- Tools of the tests of faults ----------------------------------------------------------------
@@ -2641,6 +2638,7 @@ def local(local_folder: Path) -> Iterator[Client]:
 # --- Time ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_code_that_outlives_its_call_goes_on_and_the_rest_comes_once_in_full(trial: Trial) -> None:
     with within(10):
         body = "print('first')\nwait()\nprint('second')\n3 * 7"
@@ -2658,6 +2656,7 @@ def test_code_that_outlives_its_call_goes_on_and_the_rest_comes_once_in_full(tri
     trial.survived()
 
 
+@pytest.mark.faults
 def test_timeout_zero_starts_the_code_and_returns_at_once(trial: Trial) -> None:
     with within(3):
         code = trial.code("tell('started')\nwait()\nprint('end')")
@@ -2669,6 +2668,7 @@ def test_timeout_zero_starts_the_code_and_returns_at_once(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.faults
 def test_a_time_that_is_over_before_the_kernel_is_up_still_starts_the_code(
     client: Client, tmp_path: Path
 ) -> None:
@@ -2681,6 +2681,7 @@ def test_a_time_that_is_over_before_the_kernel_is_up_still_starts_the_code(
     assert marker.read_text() == "x"
 
 
+@pytest.mark.faults
 def test_empty_code_waits_as_long_as_its_own_timeout(trial: Trial) -> None:
     trial.begin("print('a')\nwait()\nprint('b')", timeout=0).result(20)
     with within(6):
@@ -2692,6 +2693,7 @@ def test_empty_code_waits_as_long_as_its_own_timeout(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.faults
 def test_new_code_for_a_busy_session_is_not_run_if_its_time_is_over_first(trial: Trial) -> None:
     trial.begin("wait()\nprint('end')", timeout=0).result(20)
     with within(6):
@@ -2704,6 +2706,7 @@ def test_new_code_for_a_busy_session_is_not_run_if_its_time_is_over_first(trial:
     assert not trial.told("late")
 
 
+@pytest.mark.faults
 def test_earlier_code_that_ends_while_new_code_waits_comes_first_and_is_marked(
     trial: Trial,
 ) -> None:
@@ -2720,6 +2723,7 @@ def test_earlier_code_that_ends_while_new_code_waits_comes_first_and_is_marked(
     trial.survived()
 
 
+@pytest.mark.faults
 def test_a_run_that_nobody_collects_is_saved_when_it_ends(
     mortal: Trial, server: JupyterServer
 ) -> None:
@@ -2735,6 +2739,7 @@ def test_a_run_that_nobody_collects_is_saved_when_it_ends(
     mortal.survived()
 
 
+@pytest.mark.faults
 def test_progress_comes_at_least_every_5_s_with_the_newest_line(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -2753,6 +2758,7 @@ def test_progress_comes_at_least_every_5_s_with_the_newest_line(
     trial.survived()
 
 
+@pytest.mark.faults
 def test_a_call_is_back_in_time_while_the_server_stalls_in_mid_run(
     far: Trial, network: Network
 ) -> None:
@@ -2771,6 +2777,7 @@ def test_a_call_is_back_in_time_while_the_server_stalls_in_mid_run(
     far.survived()
 
 
+@pytest.mark.faults
 def test_a_call_is_back_in_time_when_the_server_accepts_and_never_answers(
     far: Trial, network: Network
 ) -> None:
@@ -2791,6 +2798,7 @@ def test_a_call_is_back_in_time_when_the_server_accepts_and_never_answers(
     assert far.client.run("print('up')", new["session_id"])["result"][-1] == "up"
 
 
+@pytest.mark.faults
 def test_a_call_is_back_in_time_when_the_save_stalls(
     far: Trial, network: Network, server: JupyterServer
 ) -> None:
@@ -2811,6 +2819,7 @@ def test_a_call_is_back_in_time_when_the_save_stalls(
     assert sum("# saved late" in "".join(source) for source in sources) == 1
 
 
+@pytest.mark.faults
 def test_an_interrupt_is_back_in_time_while_the_server_stalls(far: Trial, network: Network) -> None:
     far.begin("wait()\nprint('end')", timeout=0).result(20)
     network.mode = "stall"
@@ -2834,6 +2843,7 @@ finally:
 """
 
 
+@pytest.mark.faults
 def test_a_cancelled_call_interrupts_the_kernel(trial: Trial) -> None:
     call = trial.begin("print('before')" + SLEEPS, until="sleeps")
     cancel(trial.client, call)
@@ -2843,6 +2853,7 @@ def test_a_cancelled_call_interrupts_the_kernel(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.faults
 def test_a_cancelled_bash_call_ends_with_its_children(trial: Trial) -> None:
     trial.client.run(trial.code(""), trial.session_id)
     child = trial.folder / "child"
@@ -2855,6 +2866,7 @@ def test_a_cancelled_bash_call_ends_with_its_children(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.faults
 def test_a_cancelled_call_that_waits_is_withdrawn_and_stops_nothing(trial: Trial) -> None:
     running = trial.begin("wait()\nprint('end')")
     waiting = trial.client.start(trial.code("tell('late')"), trial.session_id)
@@ -2868,6 +2880,7 @@ def test_a_cancelled_call_that_waits_is_withdrawn_and_stops_nothing(trial: Trial
     assert not trial.told("late")
 
 
+@pytest.mark.faults
 def test_an_interrupt_returns_the_rest_of_the_output_and_keeps_variables(trial: Trial) -> None:
     call = trial.begin("print('before', flush=True)" + SLEEPS, until="sleeps", timeout=1)
     assert outcome(call)["result"] == ["before"]
@@ -2878,6 +2891,7 @@ def test_an_interrupt_returns_the_rest_of_the_output_and_keeps_variables(trial: 
     trial.survived()
 
 
+@pytest.mark.faults
 def test_an_interrupt_while_a_call_waits_ends_that_call(trial: Trial) -> None:
     call = trial.begin("print('before')" + SLEEPS, until="sleeps")
     with within(5):
@@ -2889,6 +2903,7 @@ def test_an_interrupt_while_a_call_waits_ends_that_call(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.faults
 def test_an_interrupt_with_nothing_running_leaves_the_session_as_it_is(trial: Trial) -> None:
     trial.client.run(trial.code(""), trial.session_id)
     with within(5):
@@ -2898,6 +2913,7 @@ def test_an_interrupt_with_nothing_running_leaves_the_session_as_it_is(trial: Tr
     trial.survived()
 
 
+@pytest.mark.faults
 def test_an_interrupt_of_a_session_that_nobody_opened_says_so(client: Client) -> None:
     with within(5):
         stopped = client.interrupt(777_000_777)
@@ -2912,6 +2928,7 @@ def check_restart(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.faults
 def test_a_cell_that_swallows_the_interrupt_is_named_and_stopped_by_a_restart(
     mortal: Trial,
 ) -> None:
@@ -2926,11 +2943,13 @@ def test_a_cell_that_swallows_the_interrupt_is_named_and_stopped_by_a_restart(
     check_restart(mortal)
 
 
+@pytest.mark.faults
 def test_native_code_that_ignores_the_interrupt_is_stopped_by_a_restart(mortal: Trial) -> None:
     mortal.begin("tell('native')\nsum(range(10 ** 13))", until="native", timeout=0).result(20)
     check_restart(mortal)
 
 
+@pytest.mark.faults
 def test_an_interrupt_after_the_mcp_server_was_restarted_stops_the_code(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3000,6 +3019,7 @@ def cut_while_it_runs(
     return outcome(call)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("ends", [False, True], ids=["runs on", "ends meanwhile"])
 def test_what_is_said_while_the_connection_is_broken_joins_up(
     far: Trial, network: Network, server: JupyterServer, ends: bool
@@ -3010,6 +3030,7 @@ def test_what_is_said_while_the_connection_is_broken_joins_up(
     far.survived()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("ends", [False, True], ids=["runs on", "ends meanwhile"])
 def test_output_that_the_server_did_not_keep_because_somebody_else_is_connected_is_told(
     far: Trial, network: Network, server: JupyterServer, ends: bool
@@ -3028,6 +3049,7 @@ def test_output_that_the_server_did_not_keep_because_somebody_else_is_connected_
     far.survived()
 
 
+@pytest.mark.faults
 def test_a_connection_that_breaks_often_in_one_run_joins_up(
     far: Trial, network: Network, server: JupyterServer
 ) -> None:
@@ -3050,6 +3072,7 @@ def test_a_connection_that_breaks_often_in_one_run_joins_up(
     far.survived()
 
 
+@pytest.mark.faults
 def test_a_connection_lost_before_the_kernel_took_the_code_is_told(
     far: Trial, network: Network
 ) -> None:
@@ -3070,6 +3093,7 @@ def test_a_connection_lost_before_the_kernel_took_the_code_is_told(
     far.survived()
 
 
+@pytest.mark.faults
 def test_a_connection_lost_between_two_cells_is_not_noticed(far: Trial, network: Network) -> None:
     network.cut()
     ran = far.client.run(far.code("print('ran')"), far.session_id)
@@ -3077,6 +3101,7 @@ def test_a_connection_lost_between_two_cells_is_not_noticed(far: Trial, network:
     far.survived()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("server_noticed", [True, False])
 def test_a_half_open_connection_does_not_hold_a_call(
     far: Trial, network: Network, server: JupyterServer, server_noticed: bool
@@ -3104,6 +3129,7 @@ def test_a_half_open_connection_does_not_hold_a_call(
     far.survived()
 
 
+@pytest.mark.faults
 def test_a_connection_that_does_not_come_back_is_given_up_with_a_clear_error(
     network: Network, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3134,6 +3160,7 @@ DEATHS = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_kernel_that_dies_is_told_with_the_output_so_far(mortal: Trial, death: str) -> None:
     body = "print('before', flush=True)\nwait()\n" + DEATHS[death]
@@ -3150,6 +3177,7 @@ def test_a_kernel_that_dies_is_told_with_the_output_so_far(mortal: Trial, death:
     mortal.survived()
 
 
+@pytest.mark.faults
 def test_a_kernel_that_is_killed_from_outside_is_told_within_5_s(mortal: Trial) -> None:
     pid = int(mortal.client.run("import os\nos.getpid()", mortal.session_id)["result"][0])
     call = mortal.begin("print('before', flush=True)\nwait()", timeout=30)
@@ -3168,6 +3196,7 @@ def kill_idle_kernel(trial: Trial) -> None:
     eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
 
 
+@pytest.mark.faults
 def test_a_kernel_that_died_between_two_cells_is_restored_by_the_next(
     mortal: Trial, server: JupyterServer
 ) -> None:
@@ -3183,6 +3212,7 @@ def test_a_kernel_that_died_between_two_cells_is_restored_by_the_next(
     mortal.survived()
 
 
+@pytest.mark.faults
 def test_code_sent_to_a_dead_kernel_runs_once_at_most_and_what_is_said_of_it_is_true(
     mortal: Trial,
 ) -> None:
@@ -3200,6 +3230,7 @@ def test_code_sent_to_a_dead_kernel_runs_once_at_most_and_what_is_said_of_it_is_
     mortal.survived()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("method", ["DELETE", "restart"])
 def test_a_kernel_that_somebody_ends_over_rest_is_told_within_5_s(
     mortal: Trial, server: JupyterServer, method: str
@@ -3219,6 +3250,7 @@ def test_a_kernel_that_somebody_ends_over_rest_is_told_within_5_s(
     mortal.survived()
 
 
+@pytest.mark.faults
 def test_a_cell_is_not_run_into_the_ground_by_the_restore_of_the_one_that_kills(
     mortal: Trial,
 ) -> None:
@@ -3230,6 +3262,7 @@ def test_a_cell_is_not_run_into_the_ground_by_the_restore_of_the_one_that_kills(
     mortal.survived()
 
 
+@pytest.mark.faults
 def test_a_server_that_stops_and_comes_back_is_told_and_the_session_restored(
     own_server: JupyterServer, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3262,6 +3295,7 @@ FLOODS = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("limit", FLOODS)
 def test_output_that_the_server_drops_is_told_with_the_name_of_the_limit(
     trial: Trial, limit: str
@@ -3284,6 +3318,7 @@ LONG = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", LONG)
 def test_output_beyond_the_limit_is_cut_and_lies_in_full_beside_the_notebook(
     trial: Trial, server: JupyterServer, kind: str
@@ -3305,6 +3340,7 @@ def test_output_beyond_the_limit_is_cut_and_lies_in_full_beside_the_notebook(
     trial.survived()
 
 
+@pytest.mark.faults
 def test_the_limit_counts_for_the_call_and_its_errors_are_kept(trial: Trial) -> None:
     body = "print('a' * 40_000)\ndisplay('b' * 40_000)\nraise ValueError('the reason')"
     cut = trial.client.run(trial.code(body), trial.session_id)
@@ -3314,6 +3350,7 @@ def test_the_limit_counts_for_the_call_and_its_errors_are_kept(trial: Trial) -> 
     trial.survived()
 
 
+@pytest.mark.faults
 def test_up_to_16_mb_of_the_full_text_are_kept(local: Client, local_folder: Path) -> None:
     cut = local.run("for n in range(300_000):\n    print('%07d' % n + '.' * 92)")
     assert cut["error"] == [] and len(text_of(cut)) < 51_000
@@ -3329,6 +3366,7 @@ def test_up_to_16_mb_of_the_full_text_are_kept(local: Client, local_folder: Path
     assert abs(int(left_out[1].replace(",", "")) - (30_000_000 - 50_000)) < 5_000
 
 
+@pytest.mark.faults
 def test_endless_output_is_held_in_bounded_memory_and_the_call_is_back_in_time(
     local: Client, tmp_path: Path
 ) -> None:
@@ -3351,6 +3389,7 @@ def test_endless_output_is_held_in_bounded_memory_and_the_call_is_back_in_time(
     trial.survived()
 
 
+@pytest.mark.faults
 def test_endless_displays_are_held_in_bounded_memory(local: Client, tmp_path: Path) -> None:
     trial = Trial(local, tmp_path)
     before = memory(local)
@@ -3362,6 +3401,7 @@ def test_endless_displays_are_held_in_bounded_memory(local: Client, tmp_path: Pa
     trial.survived()
 
 
+@pytest.mark.faults
 def test_five_prints_of_100_mb_do_not_add_up(local: Client, tmp_path: Path) -> None:
     trial = Trial(local, tmp_path)
     used = []
@@ -3377,6 +3417,7 @@ def test_five_prints_of_100_mb_do_not_add_up(local: Client, tmp_path: Path) -> N
 PICTURE = "from IPython.display import Image\nPNG = b'\\x89PNG\\r\\n\\x1a\\n'\n"
 
 
+@pytest.mark.faults
 def test_a_picture_over_4_mb_is_named_instead_of_sent(local: Client, tmp_path: Path) -> None:
     trial = Trial(local, tmp_path)
     body = PICTURE + "display(Image(PNG + os.urandom(5_000_000), format='png'))"
@@ -3387,6 +3428,7 @@ def test_a_picture_over_4_mb_is_named_instead_of_sent(local: Client, tmp_path: P
     trial.survived()
 
 
+@pytest.mark.faults
 def test_pictures_beyond_the_tenth_are_named_instead_of_sent(local: Client, tmp_path: Path) -> None:
     trial = Trial(local, tmp_path)
     body = PICTURE + "for n in range(12):\n    display(Image(PNG + bytes([n]), format='png'))"
@@ -3398,6 +3440,7 @@ def test_pictures_beyond_the_tenth_are_named_instead_of_sent(local: Client, tmp_
     trial.survived()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("code", ["input()", "import getpass\ngetpass.getpass()"])
 def test_input_is_an_immediate_error_that_says_so(trial: Trial, code: str) -> None:
     with within(5):
@@ -3420,6 +3463,7 @@ FINAL = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", FINAL)
 def test_of_what_is_shown_again_only_the_final_state_is_left(
     trial: Trial, server: JupyterServer, kind: str
@@ -3433,6 +3477,7 @@ def test_of_what_is_shown_again_only_the_final_state_is_left(
     trial.survived()
 
 
+@pytest.mark.faults
 def test_a_progress_bar_that_outlives_its_call_is_not_repeated(trial: Trial) -> None:
     body = "print('\\r10%', end='', flush=True)\nwait()\nprint('\\r100%', end='')"
     early = outcome(trial.begin(body, timeout=1))
@@ -3442,6 +3487,7 @@ def test_a_progress_bar_that_outlives_its_call_is_not_repeated(trial: Trial) -> 
     trial.survived()
 
 
+@pytest.mark.faults
 def test_output_of_a_background_thread_comes_with_the_next_calls(trial: Trial) -> None:
     body = (
         "import threading\n"
@@ -3466,6 +3512,7 @@ def test_output_of_a_background_thread_comes_with_the_next_calls(trial: Trial) -
 # --- Nothing lost: the MCP server ----------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_code_goes_on_when_the_mcp_server_is_killed_and_the_next_one_waits_for_it(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3487,6 +3534,7 @@ def test_code_goes_on_when_the_mcp_server_is_killed_and_the_next_one_waits_for_i
     trial.survived()
 
 
+@pytest.mark.faults
 def test_a_client_that_goes_away_leaves_its_code_running_and_finds_it_in_the_notebook(
     clients: Callable[..., Client], tmp_path: Path, server: JupyterServer
 ) -> None:
@@ -3511,6 +3559,7 @@ def test_a_client_that_goes_away_leaves_its_code_running_and_finds_it_in_the_not
     trial.survived()
 
 
+@pytest.mark.faults
 def test_stdout_carries_json_rpc_and_nothing_else(server: JupyterServer) -> None:
     cells = ["print('out')", "1 / 0", "ls", "import os\nos._exit(1)", "x = 1\x1b[0m", "'\\udc80'"]
     start = {
@@ -3560,7 +3609,8 @@ def test_stdout_carries_json_rpc_and_nothing_else(server: JupyterServer) -> None
 # --- Load ----------------------------------------------------------------------------------------
 
 
-def test_calls_that_time_out_keep_their_order(trial: Trial, server: JupyterServer) -> None:
+@pytest.mark.faults
+def test_calls_that_wait_keep_their_order(trial: Trial, server: JupyterServer) -> None:
     trial.client.run(trial.code("seen = []"), trial.session_id)
     calls = [
         trial.client.start(f"seen.append({n})\nprint({n})", trial.session_id) for n in range(100)
@@ -3580,6 +3630,7 @@ def test_calls_that_time_out_keep_their_order(trial: Trial, server: JupyterServe
     trial.survived()
 
 
+@pytest.mark.faults
 def test_threads_and_descriptors_do_not_leak(far: Trial, network: Network) -> None:
     """After many calls, cancelled ones and dropped connections."""
     process = psutil.Process(far.client.pid)
@@ -3602,6 +3653,7 @@ def test_threads_and_descriptors_do_not_leak(far: Trial, network: Network) -> No
     eventually(lambda: process.num_fds() <= before[1] + 5, 45)
 
 
+@pytest.mark.faults
 def test_50_sessions_at_once_each_get_their_own(
     clients: Callable[..., Client], own_server: JupyterServer
 ) -> None:
@@ -3615,6 +3667,320 @@ def test_50_sessions_at_once_each_get_their_own(
     with within(15):  # one after the other they would take 50 s
         slept = [outcome(call) for call in [client.start(code, i) for i in ids]]
     assert [(o["result"], o["error"]) for o in slept] == [([str(n)], []) for n in range(50)]
+
+
+# --- At home everywhere --------------------------------------------------------------------------
+
+
+class KernelGateway(JupyterServer):
+    """A bare gateway: kernels, and neither files nor a list of sessions."""
+
+    def command(self) -> list[str]:
+        app = "--KernelGatewayApp"
+        return [
+            sys.executable,
+            "-m",
+            "kernel_gateway",
+            f"{app}.ip={LOOPBACK}",
+            f"{app}.port={self.port}",
+            f"{app}.port_retries=0",
+            f"{app}.auth_token={self.token}",
+            *self.options,
+        ]
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelGateway]:
+    gateway = KernelGateway(tmp_path_factory.mktemp("gateway"))
+    yield gateway
+    gateway.stop()
+
+
+def test_a_bare_kernel_gateway_has_sessions_and_a_warning_that_no_notebook_is_kept(
+    gateway: KernelGateway, clients: Callable[..., Client], tmp_path: Path
+) -> None:
+    flags = ["--jupyter-base-url", gateway.url, f"--jupyter-token={gateway.token}"]
+    ended = subprocess.run(
+        [*COMMAND, *flags, "--execute", "6 * 7"], capture_output=True, text=True, timeout=60
+    )
+    assert json.loads(ended.stdout)["result"] == ["42"] and ended.returncode == 0
+    assert "no contents API" in ended.stderr and "Traceback" not in ended.stderr
+    client = clients(server=gateway)
+    session_id = client.run("x = 1")["session_id"]
+    assert client.run("echo $((x + 2)); cd /tmp", session_id)["error"] == []
+    assert client.run("import os; x, os.getcwd()", session_id)["result"] == ["(1, '/tmp')"]
+    died = client.run("os._exit(1)", session_id)
+    assert "died" in died["error"][0]
+    again = client.run("'x' in globals()", session_id)
+    assert again["result"][-1] == "False" and "starts empty" in again["result"][0]
+
+
+def test_a_server_in_front_of_a_gateway_keeps_notebooks_and_restores(
+    gateway: KernelGateway, clients: Callable[..., Client], tmp_path: Path
+) -> None:
+    """--gateway-url: the way to a cluster."""
+    front = JupyterServer(
+        tmp_path / "front",
+        f"--gateway-url={gateway.url}",
+        f"--GatewayClient.auth_token={gateway.token}",
+    )
+    try:
+        client = clients(server=front)
+        session_id = client.run("x = 41")["session_id"]
+        assert client.run("x + 1", session_id)["result"] == ["42"]
+        sources = [cell["source"] for cell in front.notebook(session_id)["cells"]]
+        assert sources == ["x = 41", "x + 1"]
+        front.api("DELETE", f"kernels/{front.kernel_id(session_id)}").raise_for_status()
+        restored = client.run("x", session_id)
+        assert restored["result"][-1] == "41" and "ran again" in restored["result"][0]
+        client.close()
+        assert clients(server=front).run("x", session_id)["result"] == ["41"]
+    finally:
+        front.stop()
+
+
+def test_https_and_wss_need_the_private_ca_by_flag_or_variable(
+    clients: Callable[..., Client], tmp_path: Path
+) -> None:
+    ca, other = trustme.CA(), trustme.CA()
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    other.cert_pem.write_to_path(str(tmp_path / "other.pem"))
+    certificate = ca.issue_cert(LOOPBACK)
+    certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+
+    class SecureServer(JupyterServer):
+        def api(self, method: str, path: str, **options: Any) -> requests.Response:
+            self.url = f"https://{LOOPBACK}:{self.port}"
+            return super().api(method, path, verify=str(tmp_path / "ca.pem"), **options)
+
+    server = SecureServer(tmp_path / "jupyter", f"--ServerApp.certfile={tmp_path / 'server.pem'}")
+    try:
+        client = clients("--ca-bundle", str(tmp_path / "ca.pem"), server=server)
+        assert client.run("6 * 7")["result"] == ["42"]
+        variable = {"REQUESTS_CA_BUNDLE": str(tmp_path / "ca.pem")}
+        assert clients(server=server, environment=variable).run("6 * 7")["result"] == ["42"]
+        flags = ["--jupyter-base-url", server.url, f"--jupyter-token={server.token}"]
+        flags += ["--ca-bundle", str(tmp_path / "other.pem"), "--execute", "1"]
+        refused = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 1 and "TLS" in refused.stderr and refused.stdout == ""
+        assert "Traceback" not in refused.stderr and server.token not in refused.stderr
+    finally:
+        server.stop()
+
+
+class ConnectProxy(Proxy):
+    """An HTTP proxy: CONNECT, and whole URLs for plain HTTP. seen: the first line of each."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        super().__init__(0)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += client.recv(65536)
+        line, _, rest = head.partition(b"\r\n")
+        method, url, _ = line.split(b" ")
+        self.seen.append(f"{method.decode()} {url.decode()}")
+        host = re.search(r"([\d.]+):(\d+)", url.decode())
+        assert host is not None
+        server = socket.create_connection((host[1], int(host[2])))
+        if method == b"CONNECT":
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            path = b"/" + url.split(b"/", 3)[3]
+            server.sendall(b"%s %s HTTP/1.1\r\nConnection: close\r\n%s" % (method, path, rest))
+        pair = (client, server)
+        threading.Thread(target=self._pump, args=(*pair[::-1], False), daemon=True).start()
+        self._pump(*pair, True)
+
+
+def test_the_usual_proxy_variables_count_for_rest_and_websocket(
+    server: JupyterServer, clients: Callable[..., Client]
+) -> None:
+    proxy = ConnectProxy()
+    clean = {name: "" for name in ("NO_PROXY", "no_proxy", "http_proxy")}
+    through = {**clean, "HTTP_PROXY": proxy.url, "http_proxy": proxy.url}
+    client = clients(environment=through)
+    session_id = client.run("x = 41")["session_id"]
+    assert client.run("x + 1", session_id)["result"] == ["42"]
+    assert any(line.startswith("GET http://") for line in proxy.seen)
+    assert any(line == f"CONNECT {LOOPBACK}:{server.port}" for line in proxy.seen)
+    seen = len(proxy.seen)
+    direct = clients(environment={**through, "NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK})
+    assert direct.run("x + 1", session_id)["result"] == ["42"]
+    assert len(proxy.seen) == seen
+    proxy.close()
+
+
+def test_a_token_over_plain_http_to_another_machine_earns_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*args: Any, **options: Any) -> Any:
+        raise requests.ConnectionError("refused")
+
+    monkeypatch.setattr(requests.Session, "request", unreachable)
+    flags = ["--jupyter-token", "s3cret", "--execute", "1", "--jupyter-base-url"]
+    assert jim.main([*flags, "http://jupyter.example"]) == 1
+    assert "unencrypted" in capsys.readouterr().err
+    for url in ("https://jupyter.example", "http://localhost:1", f"http://{LOOPBACK}:1"):
+        assert jim.main([*flags, url]) == 1
+        text = capsys.readouterr().err
+        assert "unencrypted" not in text and "s3cret" not in text
+
+
+def test_a_kernel_of_another_language_gets_its_cells_unchanged(
+    clients: Callable[..., Client], tmp_path: Path
+) -> None:
+    kernels = tmp_path / "share"
+    subprocess.run(
+        [sys.executable, "-m", "bash_kernel.install", "--prefix", str(kernels)], check=True
+    )
+    path = str(kernels / "share" / "jupyter")
+
+    class BashServer(JupyterServer):
+        def start(self) -> None:
+            os.environ["JUPYTER_PATH"] = path
+            try:
+                super().start()
+            finally:
+                del os.environ["JUPYTER_PATH"]
+
+    server = BashServer(tmp_path / "jupyter")
+    try:
+        client = clients("--kernel-name", "bash", server=server)
+        first = client.run("x=41; echo first")
+        assert (first["result"], first["error"]) == (["first"], [])
+        session_id = first["session_id"]
+        assert client.run("echo $((x + 1))", session_id)["result"] == ["42"]
+        assert client.run("(exit 3)", session_id)["error"] != []
+        notebook = server.notebook(session_id)
+        assert notebook["metadata"]["kernelspec"]["name"] == "bash"
+        assert [cell["source"] for cell in notebook["cells"]][:1] == ["x=41; echo first"]
+        server.api("DELETE", f"kernels/{server.kernel_id(session_id)}").raise_for_status()
+        restored = client.run("echo $x", session_id)
+        assert restored["result"][-1] == "41" and "ran again" in restored["result"][0]
+    finally:
+        server.stop()
+
+
+def test_the_readme_lines_for_another_program_run_beside_a_copied_file(
+    server: JupyterServer, tmp_path: Path
+) -> None:
+    here = Path(jim.__file__)
+    shutil.copy(here, tmp_path)
+    readme = (Path(__file__).parent / "README.md").read_text()
+    program = re.search(r"```python\n(# vendored\.py\n.*?)```", readme, re.S)
+    assert program is not None
+    (tmp_path / "vendored.py").write_text(
+        program[1] + "\nimport sys\nassert 'mcp' not in sys.modules\n"
+    )
+    names = {"JUPYTER_BASE_URL": server.url, "JUPYTER_TOKEN": server.token}
+    ended = subprocess.run(
+        [sys.executable, "vendored.py"],
+        cwd=tmp_path,
+        env={**os.environ, **names},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0 and "result=['42']" in ended.stdout, ended.stderr
+
+
+HUB = """
+c = get_config()
+c.JupyterHub.bind_url = 'http://127.0.0.1:{ports[0]}'
+c.JupyterHub.hub_bind_url = 'http://127.0.0.1:{ports[1]}'
+c.ConfigurableHTTPProxy.api_url = 'http://127.0.0.1:{ports[2]}'
+c.JupyterHub.authenticator_class = 'dummy'
+c.DummyAuthenticator.password = '{admin}'
+c.Authenticator.allow_all = True
+c.JupyterHub.spawner_class = 'simple'
+c.SimpleLocalProcessSpawner.home_dir_template = '{folder}/home/{{username}}'
+c.Spawner.cmd = ['{bin}/jupyterhub-singleuser']
+c.Spawner.args = ['--allow-root']
+c.JupyterHub.db_url = 'sqlite:///{folder}/hub.sqlite'
+c.JupyterHub.cookie_secret_file = '{folder}/cookie_secret'
+c.JupyterHub.services = [{{'name': 'tests', 'api_token': '{admin}'}}]
+c.JupyterHub.load_roles = [{{'name': 'tests', 'services': ['tests'],
+    'scopes': ['admin:users', 'admin:servers', 'tokens', 'access:servers', 'list:users']}}]
+"""
+
+
+@pytest.mark.hub
+def test_jupyterhub_serves_the_whole_job_under_a_users_path(
+    clients: Callable[..., Client], tmp_path: Path
+) -> None:
+    admin, ports = secrets.token_hex(16), [free_port() for _ in range(3)]
+    bin_folder = Path(sys.executable).parent
+    (tmp_path / "home").mkdir()
+    config = HUB.format(ports=ports, admin=admin, folder=tmp_path, bin=bin_folder)
+    (tmp_path / "config.py").write_text(config)
+    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    with open(tmp_path / "hub.log", "wb") as output:
+        hub = subprocess.Popen(
+            [bin_folder / "jupyterhub", "-f", tmp_path / "config.py"],
+            cwd=tmp_path,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PATH": path},
+        )
+    url = f"http://{LOOPBACK}:{ports[0]}"
+
+    def api(method: str, what: str) -> Any:
+        headers = {"Authorization": f"token {admin}"}
+        with contextlib.suppress(requests.ConnectionError):
+            answer = requests.request(method, f"{url}/hub/api/{what}", headers=headers, timeout=60)
+            return answer.json() if answer.content else {"ok": answer.ok}
+
+    def ready() -> Any:
+        return api("GET", "users/alice")["servers"].get("", {}).get("ready")
+
+    def run_once(name: str, *flags: str, token: str) -> subprocess.CompletedProcess[str]:
+        server = ["--jupyter-base-url", f"{url}/user/{name}/", "--jupyter-token", token]
+        command = [*COMMAND, *server, "--execute", "6 * 7", *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    try:
+        eventually(lambda: api("GET", "info") or api("GET", ""), 60)
+        api("POST", "users/alice")
+        token = api("POST", "users/alice/tokens")["token"]
+        stopped = run_once("alice", token=token)
+        assert stopped.returncode == 1 and "/hub/" in stopped.stderr and "start" in stopped.stderr
+        api("POST", "users/alice/server")
+        eventually(ready, 60)
+        assert json.loads(run_once("alice", token=token).stdout)["result"] == ["42"]
+        wrong = run_once("alice", token="wrong")
+        assert wrong.returncode == 1 and "token" in wrong.stderr
+        nobody = run_once("nobody", token=token)
+        assert nobody.returncode == 1 and "name" in nobody.stderr
+        flags = ("--jupyter-base-url", f"{url}/user/alice/", f"--jupyter-token={token}")
+        client = clients(*flags, server=None)
+        session_id = client.run("x = 41")["session_id"]
+        assert client.run("echo hi", session_id)["result"] == ["hi"]
+        client.close()
+        again = clients(*flags, server=None)
+        assert again.run("x + 1", session_id)["result"] == ["42"]
+        headers = {"Authorization": f"token {token}"}
+        sessions = requests.get(
+            f"{url}/user/alice/api/sessions", headers=headers, timeout=30
+        ).json()
+        kernel_id = sessions[-1]["kernel"]["id"]
+        kernel = f"{url}/user/alice/api/kernels/{kernel_id}"
+        requests.delete(kernel, headers=headers, timeout=30)
+        restored = again.run("x + 1", session_id)["result"]
+        assert restored[-1] == "42" and "ran again" in restored[0]
+    finally:
+        with contextlib.suppress(Exception):
+            api("DELETE", "users/alice/server")
+        hub.terminate()
+        hub.wait(30)
 
 
 # --- Figures -------------------------------------------------------------------------------------
