@@ -758,9 +758,11 @@ class Kernel:
                 raise self._missed(request, greeting)
             try:
                 if not self._read(TICK_S) and self._is_idle():
-                    if greeting is not None:
+                    if greeting is not None and greeting.idle:  # a kernel that gives no replies
+                        greeting.reply = {"execution_count": self._execution_count}
+                    elif greeting is not None:
                         raise ConnectionLost("The kernel is idle, and silent")
-                    greeting = self._greeting(None)
+                    greeting = greeting or self._greeting(None)
             except ConnectionLost as err:
                 log.info("%s", err)
                 self.open(again=True)
@@ -1075,7 +1077,8 @@ class Session:
             images += pictures
         if not run.done.done():
             text = NOT_RUN if run.withdrawn and not waits else STILL
-            stage = (self._current or run).stage.replace("busy kernel", "running")
+            stage = (self._current or run).stage
+            stage = {"busy kernel": "running", "waiting": "running"}.get(stage, stage)
             errors.append(text.format(stage, timeout_s, self.session_id))
         excess = sum(map(len, texts + errors)) - limit
         kept = shorten(texts + errors, limit, self._cut_note(excess, runs) if excess > 0 else "")
@@ -1087,7 +1090,9 @@ class Session:
         """Nobody waits any more: withdraw the run, or interrupt it. Returns at once."""
         with self._changed:
             run.abandoned = run.withdrawn = True
-            if run.stage == "running":
+            if run.stage == "waiting":
+                self._runs.remove(run)
+            elif run.stage == "running":
                 threading.Thread(target=self._stop, args=(run,), daemon=True).start()
 
     def interrupt(self) -> bool:
@@ -1261,7 +1266,9 @@ class Session:
         if not model:
             wanted = self._notebook.metadata.get("kernelspec", {}).get("name")
             name = wanted if wanted in self._owner.specs else self.settings.kernel_name
-            model = self.client.open_session(self.path, name)
+            again = self.kernel is not None and not self._owner.keeps_notebook
+            path = f"{self.path}-{uuid.uuid4().hex}" if again else self.path
+            model = self.client.open_session(path, name)
         if model.get("execution_state") == "dead":
             self.client.restart(model["id"])
         return model
@@ -1278,13 +1285,15 @@ class Session:
             try:
                 reply = kernel.wait(request)
             except KernelDied:
-                if kernel.lost or not request.heard or number == len(again):
+                heard = [i for i, each in enumerate(requests[: len(again)]) if each.heard]
+                if kernel.lost or not heard:
                     raise
-                self._deadly.add(again[number]["id"])
+                self._deadly.add(again[heard[-1]]["id"])  # the last; replies before it can be lost
                 self._forget()
                 return self._connect(run)  # once more, without the cell that killed the kernel
             if reply.get("status") != "ok" or request.answer.get("error"):
                 failed.append(str(cells.index(again[number]) + 1))
+        kernel.greet("ready")  # else whoever comes next would tell of it again
         name, took, gone = self.session_id, time.monotonic() - started, len(self._deadly)
         text = f"Session {name} was restored, its kernel was gone: {len(again)} cells of "
         text += f"{self.path} ran again in {took:.1f} s; "
@@ -1776,7 +1785,7 @@ app.start()"""
 def local_server(folder: str) -> Iterator[tuple[str, str]]:
     """A Jupyter server on loopback with a random token; its URL and token. Stopped at the end."""
     if not all(map(importlib.util.find_spec, ("jupyter_server", "ipykernel"))):
-        raise ConfigError(f"--local needs jupyter-server and ipykernel: install {PROGRAM}[local]")
+        raise ConfigError("--local needs jupyter-server and ipykernel: install the extra `local`")
     if not os.path.isdir(folder):
         raise ConfigError(f"--local: {folder!r} is not a folder")
     token, limit = secrets.token_hex(24), "--ZMQChannelsWebsocketConnection.iopub_{}_rate_limit=0"
