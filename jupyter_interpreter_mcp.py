@@ -942,7 +942,8 @@ class Notebook:
 
 def json_inside(text: str) -> bytes:
     """Text as the inside of a JSON string; what UTF-8 cannot hold becomes "?"."""
-    return json.dumps(text.encode("utf-8", "replace").decode())[1:-1].encode()
+    text = text.encode("utf-8", "replace").decode()
+    return json.dumps(text, ensure_ascii=False)[1:-1].encode()
 
 
 def source_of(cell: dict[str, Any]) -> str:
