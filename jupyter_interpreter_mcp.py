@@ -1022,6 +1022,7 @@ class Session:
         self.kernel: Kernel | None = None  # the last one, dead or alive
         self._is_new = is_new  # the id was made up for this call
         self._notebook = Notebook(self.client, self.path)
+        self._careful = False  # a restore killed the kernel
         self._deadly: set[str] = set()  # ids of cells that killed the kernel when they ran again
         self._changed = threading.Condition()
         self._runs: list[Run] = []  # waiting, current, or not yet collected; as the calls came
@@ -1279,17 +1280,22 @@ class Session:
         even if this process is killed meanwhile, and whoever comes next waits behind it."""
         run.stage, started, failed = "restoring", time.monotonic(), list[str]()
         again = [cell for cell in cells if was_run(cell) and cell["id"] not in self._deadly]
-        requests = [self._send(kernel, source_of(cell), ask=False) for cell in again]
         end = helper_code("restored()") if kernel.has_helper else ""
-        requests.append(kernel.execute(end, silent=True))
-        for number, request in enumerate(requests):
+
+        def send() -> Iterator[Request]:
+            for cell in again:
+                yield self._send(kernel, source_of(cell), ask=False)
+            yield kernel.execute(end, silent=True)
+
+        for number, request in enumerate(send() if self._careful else list(send())):
             try:
                 reply = kernel.wait(request)
             except KernelDied:
-                heard = [i for i, each in enumerate(requests[: len(again)]) if each.heard]
-                if kernel.lost or not heard:
+                if kernel.lost or number == len(again):
                     raise
-                self._deadly.add(again[heard[-1]]["id"])  # the last; replies before it can be lost
+                if self._careful:
+                    self._deadly.add(again[number]["id"])
+                self._careful = True  # one by one now: else it could have been any of them
                 self._forget()
                 return self._connect(run)  # once more, without the cell that killed the kernel
             if reply.get("status") != "ok" or request.answer.get("error"):
