@@ -45,7 +45,7 @@ import argparse
 import ast
 import asyncio
 import contextlib
-import importlib
+import ctypes
 import importlib.util
 import io
 import json
@@ -65,7 +65,6 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
@@ -89,6 +88,8 @@ KERNEL_TIMEOUT_S = 60.0  # for a kernel to start; its websocket is answered when
 RECONNECT_S = 60.0  # how long a broken websocket is tried again
 TICK_S = 0.5  # how often a waiting thread looks up: closing? kernel lost? time to save?
 SILENCE_S = 2.0  # no message for so long: ask over REST, a deleted kernel's websocket is silent
+TRUSTED_S = 5.0  # a kernel that said something so recently is there
+LOST_S = 10.0  # a busy kernel that has not begun our request for so long: connect again
 IDLE_S = 30.0  # an unused websocket is closed; the server drops one that is not read for 90 s
 SAVE_EVERY_S = 10.0  # a cell that runs on is saved so often, for whoever opens the notebook
 FRESH_S = 1.0  # how long "nobody else changed the file" is believed
@@ -128,10 +129,6 @@ class ConfigError(InterpreterError, ValueError):
 class ServerError(InterpreterError):
     """The Jupyter server answered with a failure."""
 
-    def __init__(self, message: str, url: str = "", status_code: int | None = None) -> None:
-        super().__init__(message)
-        self.url, self.status_code = url, status_code
-
 
 class ServerUnreachable(ServerError, ConnectionError):
     """No answer from the server: refused, unknown host, TLS, time-out."""
@@ -165,8 +162,7 @@ class Detached(Exception):
     """Not an error: this process ends and leaves the code running."""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """How an interpreter works. folder: on the server, relative to its root or absolute."""
 
     folder: str = "notebooks"
@@ -218,7 +214,7 @@ class Request:
             payload = message.content.get("payload") or []
             self.answer = next((p for p in payload if p.get("source") == HELPER_NAME), {})
         elif message.msg_type == "status":
-            self.idle = message.content.get("execution_state") == "idle"
+            self.idle |= message.content.get("execution_state") == "idle"
 
 
 # --- Protocol, pure ------------------------------------------------------------------------------
@@ -296,12 +292,12 @@ class Outputs:
 
     def clear(self) -> None:
         self._items: list[dict[str, Any]] = []
+        self._displays: dict[str, dict[str, Any]] = {}
         self._mark = 0  # the items before it have been handed to a caller
-        self._tail = ""  # the end of endless text
-        self.omitted = 0  # characters between the items and the tail that are not kept
+        self._tail, self.omitted = "", 0  # the end of endless text, characters left out before it
+        self._error: list[dict[str, Any]] = []  # that ended the cell
         self._text_size = self._data_size = 0
         self._clear_first = False
-        self._displays: dict[str, dict[str, Any]] = {}
 
     def add(self, msg_type: str, content: dict[str, Any]) -> None:
         """Take the content of one IOPub message."""
@@ -322,23 +318,30 @@ class Outputs:
 
     def items(self) -> list[dict[str, Any]]:
         """All that is kept, as outputs of nbformat."""
-        return self._items + ([stream_output("stdout", self._tail)] if self._tail else [])
+        tail = [stream_output("stdout", self._tail)] if self._tail else []
+        return self._items + tail + self._error
 
     def take_new(self) -> list[dict[str, Any]]:
-        """What has not been handed over yet."""
+        """What has not been handed over yet; not the error that ended the cell."""
+        error, self._error = self._error, []
         new = self.items()[self._mark :]
-        self._mark, self._tail = len(self._items), ""
+        self._mark, self._tail, self._error = len(self._items), "", error
         return new
 
-    def drop_error(self) -> None:
-        """Without the error at the end, if there is one: the reply has it, too."""
+    def fail(self, content: dict[str, Any]) -> None:
+        """The error that ended the cell, from its reply; its own message can have been lost."""
         if self._items[self._mark :] and self._items[-1]["output_type"] == "error":
             self._items.pop()
+        self._error = [error_output(content)]
+
+    def size(self) -> int:
+        """Characters of all text, those that are not kept included."""
+        return sum(len(item_text(item)) for item in self.items()) + self.omitted
 
     def last_line(self) -> str:
         """The newest line of text, for progress notifications."""
-        chunks = [chunk for item in self.items()[-1:] for chunk in item.get("text", ())[-2:]]
-        return clean("".join(chunks)[-1000:]).strip().rpartition("\n")[2]
+        text = "".join(item_text(item)[-1000:] for item in self.items()[-1:])
+        return clean(text).strip().rpartition("\n")[2]
 
     def _add_text(self, name: str, text: str) -> None:
         if self._text_size < TEXT_KEPT:
@@ -359,11 +362,10 @@ class Outputs:
 
     def _add_data(self, msg_type: str, content: dict[str, Any]) -> None:
         shown = {"data": content["data"], "metadata": content.get("metadata") or {}}
-        item = {"output_type": "display_data", **shown}
+        item: dict[str, Any] = {"output_type": "display_data", **shown}
         if msg_type == "execute_result":
-            item.update(output_type=msg_type, execution_count=content.get("execution_count"))
-        size = ITEM_COST + len(json.dumps(shown))
-        self._data_size += size
+            item |= {"output_type": msg_type, "execution_count": content.get("execution_count")}
+        self._data_size += (size := ITEM_COST + len(json.dumps(shown)))
         if self._data_size > DATA_KEPT:
             text = f"[{', '.join(content['data'])}: {size:,} characters not kept]\n"
             return self._add_text("stderr", text)
@@ -381,9 +383,9 @@ def stream_output(name: str, *texts: str) -> dict[str, Any]:
 
 
 def error_output(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of an error message, or of a reply with status "error", as an output."""
-    names = {"ename": "Error", "evalue": "", "traceback": []}
-    return {"output_type": "error", **{name: content.get(name) or names[name] for name in names}}
+    """The content of an error message, or of a reply with status "error" or "aborted"."""
+    names = {"ename": "Aborted", "evalue": "by an interrupt or another's error", "traceback": []}
+    return {"output_type": "error", **{name: content.get(name, names[name]) for name in names}}
 
 
 def item_text(item: dict[str, Any]) -> str:
@@ -475,14 +477,14 @@ FAILURES: tuple[tuple[str, type[ServerError], str], ...] = (
 )
 
 
-def failure(what: str, url: str, cause: Any, status: int | None = None) -> ServerError:
+def failure(what: str, cause: Any) -> ServerError:
     """One sentence for a request that failed: what was asked for, the cause, the cure."""
     reason = cause.args[0] if isinstance(cause, requests.RequestException) and cause.args else cause
     text = str(getattr(reason, "reason", reason)).partition(" -+-+- ")[0]  # then headers and body
     text = re.sub(r"^(<.*?>|\w+\(.*?\)): |\s+", " ", text).strip()  # without the connection's repr
     signs = f"{text} {cause!r} {what}"
     kind, cure = next((kind, cure) for sign, kind, cure in FAILURES if re.search(sign, signs))
-    return kind(f"{what} failed: {text}{cure}", url, status)
+    return kind(f"{what} failed: {text}{cure}")
 
 
 class RemoteJupyterClient:
@@ -534,21 +536,25 @@ class RemoteJupyterClient:
         try:
             response = send(verb, url, data=data, timeout=limits, allow_redirects=False)
         except requests.RequestException as err:
-            self._http.close()  # the other kept connections may be as dead as this one
-            raise failure(what, url, err) from err
+            self.drop_connections()
+            raise failure(what, err) from err
         status, answer = response.status_code, None
         log.debug("%s: %d in %s", what, status, response.elapsed)
         with contextlib.suppress(ValueError):
             answer = response.json() if response.content else {}
         if response.is_redirect:
             target = response.headers["Location"].partition("?")[0]
-            raise failure(what, url, f"redirect to {target}", status)
+            raise failure(what, f"redirect to {target}")
         if not response.ok:
             detail = answer.get("message") if isinstance(answer, dict) else None
-            raise failure(what, url, f"status {status} {detail or response.reason}", status)
+            raise failure(what, f"status {status} {detail or response.reason}")
         if answer is None:
-            raise ServerError(f"{url} did not answer with JSON: {NO_JUPYTER}", url)
+            raise ServerError(f"{url} did not answer with JSON: {NO_JUPYTER}")
         return answer
+
+    def drop_connections(self) -> None:
+        """Keep none of the connections: where one is dead, the others may be as dead."""
+        self._http.close()
 
     def kernelspecs(self) -> dict[str, Any]:
         """{"default": name, "kernelspecs": {name: ...}}: the cheapest request with a token."""
@@ -584,7 +590,8 @@ class RemoteJupyterClient:
     def modified(self, path: str) -> str | None:
         """When a file was last changed, in the server's notation; None without the file."""
         with contextlib.suppress(NotFound):
-            return str(self.request("GET", f"contents/{quote(path)}?content=0")["last_modified"])
+            url = f"contents/{quote(path)}?content=0"
+            return str(self.request("GET", url, max_s=5.0)["last_modified"])
         return None
 
     def read(self, path: str) -> tuple[str, str]:
@@ -610,25 +617,21 @@ class RemoteJupyterClient:
         """
         url = f"ws{self.base_url[4:]}/api/kernels/{kernel_id}/channels?session_id={session}"
         bundle = "ca_cert_path" if os.path.isdir(self.ca_bundle) else "ca_certs"
-        # The protocol is asked for as a plain header: websocket-client would refuse a server that
-        # knows none, and a second handshake behind a gateway costs the replay.
-        options: dict[str, Any] = {
-            "header": {**self._auth, "Sec-WebSocket-Protocol": SUBPROTOCOL},
-            "redirect_limit": 0, "suppress_origin": True, "timeout": timeout_s,
-        }
         # The proxy that `requests` uses; if none, a host that is never used: no environment then.
         proxy = urlsplit(requests.utils.select_proxy(self.base_url, self._http.proxies) or "")
-        options |= {
-            "http_proxy_host": proxy.hostname or "-", "http_proxy_port": proxy.port or 80,
-            "http_no_proxy": [""] if proxy.hostname else ["*"],
-            "http_proxy_auth": (unquote(proxy.username or ""), unquote(proxy.password or "")),
-        }
         ws = websocket.WebSocket(sslopt={bundle: self.ca_bundle}, skip_utf8_validation=True)
+        # The protocol is asked for as a plain header: websocket-client would refuse a server that
+        # knows none, and a second handshake behind a gateway costs the replay.
+        headers = {**self._auth, "Sec-WebSocket-Protocol": SUBPROTOCOL}
         try:
-            ws.connect(url, **options)  # type: ignore[no-untyped-call]
+            ws.connect(  # type: ignore[no-untyped-call]
+                url, header=headers, redirect_limit=0, suppress_origin=True, timeout=timeout_s,
+                http_proxy_host=proxy.hostname or "-", http_proxy_port=proxy.port or 80,
+                http_proxy_auth=(unquote(proxy.username or ""), unquote(proxy.password or "")),
+                http_no_proxy=[""] if proxy.hostname else ["*"],
+            )
         except (websocket.WebSocketException, OSError) as err:
-            status = getattr(err, "status_code", None)
-            raise failure(f"The websocket to the kernel at {url}", url, err, status) from err
+            raise failure(f"The websocket to the kernel at {url}", err) from err
         return ws
 
 
@@ -655,19 +658,16 @@ class Kernel:
         self.client_session_id = CLIENT_PREFIX + uuid.uuid4().hex
         self.language_info: dict[str, Any] = {}
         self.has_helper, self.lost = False, ""  # has_helper: it is IPython
+        self.ready = False  # connected, and in the state that its user expects
         self._execution_count = 0
         self._ws: websocket.WebSocket | None = None
         self._binary, self._ours = False, self.client_session_id  # ours: whose output
         self._heard_at = self._asked_at = 0.0  # a message came, or was sent; REST was asked
         self._requests: dict[str, Request] = {}
 
-    @property
-    def is_open(self) -> bool:
-        return self._ws is not None
-
     def open(self, *, again: bool = False) -> None:
         """Connect; `again`: try for RECONNECT_S. Raises KernelDied if it is gone, ServerError."""
-        self.drop()
+        self.close()
         deadline = time.monotonic() + (RECONNECT_S if again else KERNEL_TIMEOUT_S)
         names = self.kernel_id, self.client_session_id
         while self._ws is None:
@@ -678,7 +678,7 @@ class Kernel:
                 raise KernelDied(KERNEL_GONE) from err
             except ServerUnreachable as err:
                 if not again or time.monotonic() > deadline:
-                    raise ServerUnreachable(f"{err}; what ran may go on", err.url) from err
+                    raise ServerUnreachable(f"{err}; what ran may go on") from err
                 self._tick()
                 time.sleep(TICK_S / 2)
         headers = self._ws.getheaders() or {}
@@ -690,6 +690,7 @@ class Kernel:
         return not all(request.heard for request in self._requests.values())
 
     def drop(self) -> None:
+        self.ready = False
         if self._ws is not None:
             self._ws.shutdown()  # type: ignore[no-untyped-call]
             self._ws = None
@@ -710,7 +711,9 @@ class Kernel:
         their code goes on, and nobody else would collect it.
         """
         self._ours = CLIENT_PREFIX
-        info = self.wait(self.send({}, "kernel_info_request"))
+        request = self.send({}, "kernel_info_request")
+        request.idle = True  # a kernel that starts can say so before anybody listens
+        info = self.wait(request)
         self.language_info = info.get("language_info") or {}
         self.has_helper = info.get("implementation") == "ipython"
         greeting = self._greeting(mark)
@@ -739,10 +742,10 @@ class Kernel:
     def wait(self, request: Request) -> dict[str, Any]:
         """Read until one request is done; the content of its reply.
 
-        When the kernel is idle although the request is not done: send a greeting behind it. When
-        that is not answered, too, or the websocket breaks: connect again as the same client, then
-        send a greeting. The kernel takes one request after the other, so once the greeting is
-        answered, nothing more comes for those before it.
+        When the kernel is idle although the request is not done, or seems to be busy with something
+        else: send a greeting behind it. When that is not answered, too, or the websocket breaks:
+        connect again as the same client, then send a greeting. The kernel takes one request after
+        the other, so once the greeting is answered, nothing more comes for those before it.
 
         Raises:
             KernelDied: Its state is gone. ConnectionLost: The end was missed, or it never began.
@@ -757,11 +760,11 @@ class Kernel:
             if greeting is not None and greeting.done:
                 raise self._missed(request, greeting)
             try:
-                if not self._read(TICK_S) and self._is_idle():
+                if not self._read(TICK_S) and self._is_stuck(request, greeting):
                     if greeting is not None and greeting.idle:  # a kernel that gives no replies
                         greeting.reply = {"execution_count": self._execution_count}
                     elif greeting is not None:
-                        raise ConnectionLost("The kernel is idle, and silent")
+                        raise ConnectionLost("The kernel does not answer")
                     greeting = greeting or self._greeting(None)
             except ConnectionLost as err:
                 log.info("%s", err)
@@ -773,15 +776,27 @@ class Kernel:
         return reply
 
     def drain(self, wait_s: float = 0.0) -> None:
-        """Read what came between two requests, without waiting. Raises what `wait` does."""
+        """Read what came between two requests. Raises what `wait` does."""
         while self._read(wait_s):
             pass
 
-    def _greeting(self, mark: str | None) -> Request:
-        return self.execute(greeting_code(mark) if self.has_helper else "", silent=True)
+    def check(self) -> None:
+        """Before code is sent: is the kernel there? A laptop that slept has a dead websocket."""
+        self.drain()
+        if time.monotonic() - self._heard_at > TRUSTED_S:
+            greeting = self._greeting(None)
+            while not greeting.done:
+                if not self._read(SILENCE_S):
+                    raise ConnectionLost("The kernel does not answer")
 
-    def _is_idle(self) -> bool:
-        """After silence, over REST: is there a kernel, and has it nothing to do?"""
+    def _greeting(self, mark: str | None) -> Request:
+        request = self.execute(greeting_code(mark) if self.has_helper else "", silent=True)
+        request.heard = True  # it does no harm in the kernel after this one
+        return request
+
+    def _is_stuck(self, request: Request, greeting: Request | None) -> bool:
+        """After silence, over REST: is there a kernel, and did it miss the request? Also said to be
+        busy it may have: the server never learns that a kernel that died is not busy any more."""
         now_s = time.monotonic()
         if now_s - max(self._heard_at, self._asked_at) < SILENCE_S:
             return False
@@ -796,7 +811,8 @@ class Kernel:
             return False
         if state == "dead":
             raise KernelDied("The kernel died and could not be restarted.")
-        return bool(state == "idle")
+        enough_s = SILENCE_S if greeting is None else LOST_S
+        return bool(state == "idle" or (now_s - self._heard_at > enough_s and not request.heard))
 
     def _missed(self, request: Request, greeting: Request) -> KernelError:
         """Why a request that was overtaken by a greeting will not be done."""
@@ -909,7 +925,9 @@ class Notebook:
         """Look whether somebody else changed the file, and if so take their version."""
         self._checked_at = 0.0
         modified = self.client.modified(self.path)
-        if modified is not None and modified != self._modified:
+        if modified is None:
+            self.client.make_folder(posixpath.dirname(self.path))
+        elif modified != self._modified:
             self.load()
         self._checked_at = time.monotonic()
 
@@ -926,13 +944,7 @@ class Notebook:
         rest = json.dumps({"metadata": self.metadata, **self._rest}, ensure_ascii=False, indent=1)
         start, end = json_inside('{\n "cells": [\n'), json_inside("\n ]," + rest[1:] + "\n")
         pieces = [start, b",\\n".join(self._cells.values()), end]
-        try:
-            self._modified = self.client.write(self.path, pieces)
-        except ServerError as err:
-            if err.status_code not in (404, 500):  # somebody removed the folder
-                raise
-            self.client.make_folder(posixpath.dirname(self.path))
-            self._modified = self.client.write(self.path, pieces)
+        self._modified = self.client.write(self.path, pieces)
         self._checked_at = time.monotonic()
         self._unsaved.clear()
 
@@ -959,6 +971,7 @@ def was_run(cell: dict[str, Any]) -> bool:
 
 # --- Session -------------------------------------------------------------------------------------
 
+QUEUED = "waiting for the kernel"  # which somebody else keeps busy
 BUSY = """The kernel was busy with code that this server process did not start. What that printed \
 before is in {} as far as it was saved, and whether it failed is not known"""
 RATE_LIMITED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or \
@@ -969,10 +982,14 @@ STATES = {
     "used": "The kernel of {} was restarted and used by somebody: no cell ran again",
     "restored": "Another process restored {}: its cells ran again",
 }
+RESTORED = "Session {} was restored, its kernel was gone: {} cells of {} ran again in {:.1f} s; {}"
+KILLS_AGAIN = "; if its cells kill it again, edit {}, or use another session_id"
 STILL = """Still {0} after {1:g} s; nothing is lost, it goes on. execute_code with code="" and \
 session_id={2} waits for the rest, interrupt_execution with session_id={2} stops it"""
 NOT_RUN = """Not run: earlier code was still running after {1:g} s. execute_code with code="" and \
 session_id={2} waits for it, interrupt_execution with session_id={2} stops it; then send it again"""
+STUBBORN = """The code did not stop within {:g} s, it may ignore interrupts: interrupt_execution \
+with session_id={} and restart=True restarts the kernel and runs the session's cells again"""
 
 
 class Run:
@@ -981,12 +998,11 @@ class Run:
     def __init__(self, code: str) -> None:
         self.code = self.source = code  # source: as the notebook shows it
         self.cell_id = uuid.uuid4().hex[:12]
-        self.stage = "waiting"  # "connecting", "busy kernel", "restoring", "running", "saving"
+        self.stage = "waiting"  # "connecting", QUEUED, "restoring", "running", "saving"
         self.request: Request | None = None
         self.outputs = Outputs()
         self.notes: list[str] = []  # for the result only, before the output
         self.errors: list[str] = []
-        self.last_output: list[dict[str, Any]] = []  # the error that ended it, for the notebook
         self.execution_count: int | None = None
         self.timing: dict[str, str] = {}
         self.save_at = time.monotonic() + SAVE_EVERY_S
@@ -995,18 +1011,12 @@ class Run:
         self.done: Future[None] = Future()
         self.lock = threading.Lock()  # outputs, notes, errors: one thread writes, others read
 
-    def items(self) -> list[dict[str, Any]]:
-        return self.outputs.items() + self.last_output
-
-    def size(self) -> int:
-        """Characters that it put out, those that are not kept included."""
-        return sum(len(item_text(item)) for item in self.items()) + self.outputs.omitted
-
     def fail(self, text: str, error: dict[str, Any] | None = None) -> None:
         """error: for the notebook, too, so that restoring does not run the cell again."""
         with self.lock:
             self.errors.append(text)
-            self.last_output = [error_output(error)] if error else []
+            if error is not None:
+                self.outputs.fail(error)
 
 
 class Session:
@@ -1022,13 +1032,10 @@ class Session:
         self.kernel: Kernel | None = None  # the last one, dead or alive
         self._is_new = is_new  # the id was made up for this call
         self._notebook = Notebook(self.client, self.path)
-        self._careful = False  # a restore killed the kernel
-        self._deadly: set[str] = set()  # ids of cells that killed the kernel when they ran again
         self._changed = threading.Condition()
         self._runs: list[Run] = []  # waiting, current, or not yet collected; as the calls came
-        self._current: Run | None = None
+        self.current: Run | None = None
         self._thread: threading.Thread | None = None
-        self._closing = False
 
     # For callers: submit, wait for run.done, collect; or execute, which does all three.
 
@@ -1063,7 +1070,7 @@ class Session:
             run.abandoned, run.save_at = True, 0.0
             ahead = self._runs[: self._runs.index(run)]
             behind = run.stage == "waiting" and not all(each.done.done() for each in ahead)
-            run.withdrawn = behind or (run.stage == "busy kernel" and timeout_s > 0)
+            run.withdrawn = behind or (run.stage == QUEUED and timeout_s > 0)
             runs = [each for each in ahead if each.abandoned and (waits or not run.withdrawn)]
             runs.append(run)
             over = [each for each in runs if each.done.done() or (each is run and behind)]
@@ -1079,8 +1086,7 @@ class Session:
             images += pictures
         if not run.done.done():
             text = NOT_RUN if run.withdrawn and not waits else STILL
-            stage = (self._current or run).stage
-            stage = {"busy kernel": "running", "waiting": "running"}.get(stage, stage)
+            stage = (self.current or run).stage
             errors.append(text.format(stage, timeout_s, self.session_id))
         excess = sum(map(len, texts + errors)) - limit
         kept = shorten(texts + errors, limit, self._cut_note(excess, runs) if excess > 0 else "")
@@ -1089,44 +1095,46 @@ class Session:
         return Result(result, error, self.session_id, images[:IMAGES_SENT], run.not_run)
 
     def cancel(self, run: Run) -> None:
-        """Nobody waits any more: withdraw the run, or interrupt it. Returns at once."""
+        """Nobody waits any more: withdraw the run, or have it interrupted. Returns at once."""
         with self._changed:
             run.abandoned = run.withdrawn = True
             if run.stage == "waiting":
                 self._runs.remove(run)
-            elif run.stage == "running":
-                threading.Thread(target=self._stop, args=(run,), daemon=True).start()
 
-    def interrupt(self) -> bool:
-        """Interrupt what runs in this session's kernel. False if there is no kernel."""
-        known = self.kernel.kernel_id if self.kernel else None
-        kernel_id = known or self.client.find_kernel(self.path)
-        if kernel_id is not None:
+    def interrupt(self, *, restart: bool = False) -> Result:
+        """Interrupt what runs, and hand back the rest of its output.
+
+        Args:
+            restart: If it does not stop, restart the kernel, and restore the session.
+        """
+        try:
+            kernel_id = self.kernel.kernel_id if self.kernel else self.client.find_kernel(self.path)
+            if not kernel_id:
+                text = f"Session {self.session_id} has no kernel: nothing runs"
+                return Result([text], [], self.session_id, [], False)
             self.client.interrupt(kernel_id)
-        return kernel_id is not None
-
-    def restart(self) -> None:
-        """Restart the kernel; the next run restores the session."""
-        if (kernel := self.kernel) is not None:
-            self.client.restart(kernel.kernel_id)
-            kernel.lost = "The kernel was restarted as asked."
+            run = self.submit("")  # collects what the interrupted code leaves
+            if not wait([run.done], INTERRUPT_S).done and restart:
+                self.client.restart(kernel_id)
+                if self.kernel is not None:
+                    self.kernel.lost = "The kernel was restarted as asked."
+                wait([run.done], RESTART_S - INTERRUPT_S)
+        except ServerError as err:
+            return Result([], [str(err)], self.session_id, [], True)
+        outcome = self.collect(run, INTERRUPT_S)
+        if not restart and not run.done.done():
+            outcome.error[-1] = STUBBORN.format(INTERRUPT_S, self.session_id)
+        return outcome
 
     def progress(self) -> str:
         """For somebody who waits: the newest line of output, or what is being done."""
-        run = self._current
+        run = self.current
         return (run.outputs.last_line() or run.stage) if run else ""
-
-    def close(self, deadline: float) -> None:
-        """Save what runs and leave it running. Waits until `deadline` (monotonic)."""
-        with self._changed:
-            self._closing, thread = True, self._thread
-            self._changed.notify_all()
-        if thread is not None:
-            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _cut_note(self, count: int, runs: list[Run]) -> str:
         count += sum(run.outputs.omitted for run in runs)
-        long = [self._text_path(run) for run in runs if run.size() > self.settings.max_output]
+        limit = self.settings.max_output
+        long = [self._text_path(run) for run in runs if run.outputs.size() > limit]
         where = f"; the full text is in {' and '.join(long) or self.path} on the server"
         return f"\n[... {count:,} characters left out{where * self._owner.keeps_notebook} ...]\n"
 
@@ -1140,32 +1148,36 @@ class Session:
         idle = False
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._next() or self._closing, 0 if idle else IDLE_S)
-                run = self._current = None if self._closing else self._next()
-                if run is None and (idle or self._closing):
+                self._changed.wait_for(self._next, 0 if idle else IDLE_S)
+                run = self.current = self._next()
+                if run is None and idle:
                     self._thread = None
                     return
             idle = run is None
             if run is not None:
                 self._perform(run)
                 with self._changed:
-                    self._current = None
+                    self.current = None
                     run.done.set_result(None)
             elif self.kernel is not None:
                 self.kernel.close()
 
     def _next(self) -> Run | None:
-        waiting = (run for run in self._runs if run.stage == "waiting" and not run.withdrawn)
-        return next(waiting, None)
+        runs = [] if self._owner.closing else self._runs
+        return next((run for run in runs if run.stage == "waiting" and not run.withdrawn), None)
 
     def _perform(self, run: Run) -> None:
         """Take one run to its end. Every failure becomes a part of its result, here only."""
         try:
-            try:
-                self._connect(run)
-            except KernelDied:  # meanwhile; nothing was sent to it
-                self._forget()
-                self._connect(run)
+            for is_last in (False, True):
+                try:
+                    self._connect(run)
+                    break
+                except (KernelError, ServerUnreachable) as err:  # nothing was sent: once more
+                    if isinstance(err, KernelDied):
+                        self._forget()
+                    if is_last:
+                        raise
             with self._changed:  # from here on it counts as run
                 if run.withdrawn or not run.code.strip():
                     return
@@ -1174,14 +1186,15 @@ class Session:
         except Detached:
             return self._save(run)
         except Exception as err:  # a defect of ours, too, must not wedge the session
-            run.not_run = run.request is None or not run.request.heard
             text, died = str(err) or repr(err), isinstance(err, KernelDied)
             if died:
                 text += " Its variables are gone; the next call restores the session"
+                text += KILLS_AGAIN.format(self.path) if run.stage == "restoring" else ""
                 self._forget()
             elif not isinstance(err, InterpreterError):
                 text = f"Internal error, whether the code ran is not known: {err!r}"
                 log.exception("Session %d", self.session_id)
+            run.not_run = run.request is None or not run.request.heard
             text = f"Not run: {text}" if run.not_run else text
             run.fail(text, {"ename": "KernelDied", "evalue": text} if died else None)
         if not run.not_run:
@@ -1190,7 +1203,7 @@ class Session:
 
     def _hear(self, message: Message) -> None:
         """An IOPub message of ours: into the output of the current run."""
-        run = self._current
+        run = self.current
         if run is not None and run.stage != "restoring":
             with run.lock:
                 if message.msg_type == "execute_input":
@@ -1198,19 +1211,24 @@ class Session:
                 run.outputs.add(message.msg_type, message.content)
 
     def _tick(self) -> None:
-        run = self._current
-        if self._closing:
+        """While the kernel is waited for: what others want of the thread that waits."""
+        run = self.current
+        if self._owner.closing:
             raise Detached
-        if run is not None and run.stage == "running" and time.monotonic() > run.save_at:
-            run.save_at = time.monotonic() + SAVE_EVERY_S
-            self._save(run)
+        if run is not None and run.stage == "running" and run.request is not None:
+            if run.withdrawn and run.request.heard and self.kernel is not None:  # not before
+                run.withdrawn = False
+                with contextlib.suppress(ServerError):
+                    self.client.interrupt(self.kernel.kernel_id)
+            if time.monotonic() > run.save_at:
+                run.save_at = time.monotonic() + SAVE_EVERY_S
+                self._save(run)
 
     def _forget(self) -> None:
         """Let go of a dead kernel. What it had not taken must not run in the kernel after it: that
         one is deleted before it is up, as soon as the server has begun it (until then it says 500).
         """
         if (kernel := self.kernel) is not None and kernel.kernel_id:
-            kernel.drop()
             kernel.lost = kernel.lost or KERNEL_GONE
             for _ in range(30 if kernel.owes else 0):
                 with contextlib.suppress(ServerError):
@@ -1218,20 +1236,20 @@ class Session:
                     kernel.kernel_id = ""
                     break
                 time.sleep(0.1)
+            kernel.close()  # and so learn whether that was too late
 
     def _connect(self, run: Run) -> None:
         """Make sure of a live kernel that has the session's state."""
         run.stage = "connecting"
         try:
-            if self.kernel is not None and self.kernel.is_open and not self.kernel.lost:
-                return self.kernel.drain()
+            if self.kernel is not None and self.kernel.ready and not self.kernel.lost:
+                return self.kernel.check()
         except KernelError as err:
             log.info("Session %d: %s", self.session_id, err)
+            self.client.drop_connections()
         name, attached, cells = f"session {self.session_id}", self.kernel is not None, None
         with contextlib.suppress(NotebookError):  # `_save` reports it, after the code has run
             cells = self._notebook.load() if self._owner.keeps_notebook else []
-            if cells and self._is_new:
-                raise InterpreterError(f"The id of the new {name} is taken by now; call again")
             if cells is None and not self._is_new and not attached:
                 run.notes.append(f"{name.capitalize()} is new: there was no {self.path}")
         self._is_new = False
@@ -1239,7 +1257,7 @@ class Session:
         if self.kernel is None or self.kernel.kernel_id != model["id"] or self.kernel.lost:
             self._forget()
             self.kernel = Kernel(self.client, model["id"], self._hear, self._tick)
-        run.stage = "busy kernel" if model.get("execution_state") == "busy" else run.stage
+        run.stage = QUEUED if model.get("execution_state") == "busy" else run.stage
         mark = "restoring" if cells and self.settings.restore else "ready"
         self.kernel.open()
         state = self.kernel.greet(mark)
@@ -1253,11 +1271,12 @@ class Session:
         self._notebook.metadata.setdefault("kernelspec", {**names, "name": model["name"]})
         self._notebook.metadata.setdefault("language_info", self.kernel.language_info)
         if state == "fresh" and cells and self.settings.restore:
-            return self._restore(run, self.kernel, cells)
-        if state == "ready" and run.stage == "busy kernel":
+            self._restore(run, self.kernel, cells)
+        elif state == "ready" and run.stage == QUEUED:
             run.notes.append(BUSY.format(self.path))
         elif state != "ready" and (cells or attached):
             run.notes.append(STATES[state].format(name))
+        self.kernel.ready = True
 
     def _find_kernel(self) -> dict[str, Any]:
         """The model of this session's kernel: the last one, else the notebook's, else a new one."""
@@ -1278,35 +1297,19 @@ class Session:
     def _restore(self, run: Run, kernel: Kernel, cells: list[dict[str, Any]]) -> None:
         """Run a notebook's cells again. All are sent at once: so the kernel goes on to the last one
         even if this process is killed meanwhile, and whoever comes next waits behind it."""
-        run.stage, started, failed = "restoring", time.monotonic(), list[str]()
-        again = [cell for cell in cells if was_run(cell) and cell["id"] not in self._deadly]
-        end = helper_code("restored()") if kernel.has_helper else ""
-
-        def send() -> Iterator[Request]:
-            for cell in again:
-                yield self._send(kernel, source_of(cell), ask=False)
-            yield kernel.execute(end, silent=True)
-
-        for number, request in enumerate(send() if self._careful else list(send())):
-            try:
-                reply = kernel.wait(request)
-            except KernelDied:
-                if kernel.lost or number == len(again):
-                    raise
-                if self._careful:
-                    self._deadly.add(again[number]["id"])
-                self._careful = True  # one by one now: else it could have been any of them
-                self._forget()
-                return self._connect(run)  # once more, without the cell that killed the kernel
-            if reply.get("status") != "ok" or request.answer.get("error"):
-                failed.append(str(cells.index(again[number]) + 1))
+        run.stage, started = "restoring", time.monotonic()
+        again = [(number, cell) for number, cell in enumerate(cells, 1) if was_run(cell)]
+        requests = [self._send(kernel, source_of(cell), ask=False) for _, cell in again]
+        end = kernel.execute(helper_code("restored()") if kernel.has_helper else "", silent=True)
+        failed = [
+            str(number) for (number, _), request in zip(again, requests, strict=True)
+            if kernel.wait(request).get("status") != "ok" or request.answer.get("error")
+        ]
+        kernel.wait(end)
         kernel.greet("ready")  # else whoever comes next would tell of it again
-        name, took, gone = self.session_id, time.monotonic() - started, len(self._deadly)
-        text = f"Session {name} was restored, its kernel was gone: {len(again)} cells of "
-        text += f"{self.path} ran again in {took:.1f} s; "
-        text += f"failed: cells {', '.join(failed)}" if failed else "none failed"
-        text += f"; left out, for they killed the kernel: {gone}" if gone else ""
-        return run.notes.append(text)
+        took, count = time.monotonic() - started, len(again)
+        failures = f"failed: cells {', '.join(failed)}" if failed else "none failed"
+        run.notes.append(RESTORED.format(self.session_id, count, self.path, took, failures))
 
     @staticmethod
     def _send(kernel: Kernel, code: str, *, ask: bool) -> Request:
@@ -1334,40 +1337,26 @@ class Session:
         run.execution_count = None if "error" in answer else reply.get("execution_count")
         if answer.get("error"):
             run.fail(answer["error"], {"ename": "CommandFailed", "evalue": answer["error"]})
-        elif reply.get("status") == "error":
-            with run.lock:  # the reply counts: a rate limit can have dropped the message
-                run.outputs.drop_error()
-            run.fail(item_text(error_output(reply)), reply)
         elif reply.get("status") != "ok":
-            text = "an interrupt, or an error in another client's code before it"
-            text = f"The kernel answered {reply.get('status')!r}: {text}"
-            run.fail(text, {"ename": "Aborted", "evalue": text})
+            run.fail(item_text(error_output(reply)), reply)
 
     def _save(self, run: Run) -> None:
         """The cell into the notebook; while it runs, with what there is."""
         if not self._owner.keeps_notebook or run.request is None:
             return
         with run.lock:
-            items, limit, excess = run.items(), self.settings.max_output, run.size()
-        outputs = notebook_outputs(items, limit, self._cut_note(excess - limit, [run]))
+            items, limit, size = run.outputs.items(), self.settings.max_output, run.outputs.size()
+        outputs = notebook_outputs(items, limit, self._cut_note(size - limit, [run]))
         cell: dict[str, Any] = {"cell_type": "code", "id": run.cell_id, "source": run.source}
         cell |= {"execution_count": run.execution_count, "outputs": outputs}
         try:
-            if excess > limit:
+            if size > limit:
                 text = "".join(clean(item_text(item)) for item in items)
                 self.client.write(self._text_path(run), [json_inside(text)])
             self._notebook.save({**cell, "metadata": {"execution": run.timing}})
         except (NotebookError, ServerError) as err:
             if run.stage == "saving":
                 run.fail(f"The cell is not saved: {err}. The next call tries again")
-
-    def _stop(self, run: Run) -> None:
-        """Interrupt a run; once more if it goes on, for the kernel may not have begun it yet."""
-        for _ in range(2):
-            with contextlib.suppress(ServerError):
-                self.interrupt()
-            if wait([run.done], SILENCE_S).done:
-                return
 
 
 class Interpreter:
@@ -1380,6 +1369,7 @@ class Interpreter:
     def __init__(self, client: RemoteJupyterClient, settings: Settings | None = None) -> None:
         self.client, self.settings = client, settings or Settings()
         self.specs: dict[str, Any] = client.kernelspecs()["kernelspecs"]
+        self.closing = False
         self._sessions: dict[int, Session] = {}
         self._lock = threading.Lock()
         name, folder = self.settings.kernel_name, self.settings.folder
@@ -1408,9 +1398,9 @@ class Interpreter:
 
     def close(self) -> None:
         """Let go of all sessions; what runs goes on in the kernels."""
-        for deadline in (0.0, time.monotonic() + EXIT_S):
-            for session in list(self._sessions.values()):
-                session.close(deadline)
+        self.closing = True
+        running = [session.current for session in list(self._sessions.values())]
+        wait([run.done for run in running if run is not None], EXIT_S)
 
     def _below_root(self, folder: str) -> str:
         """An absolute folder, relative to the server's root. Only a kernel knows where that is."""
@@ -1608,9 +1598,6 @@ def greeting_code(mark: str | None) -> str:
 
 # --- Tools ---------------------------------------------------------------------------------------
 
-STUBBORN = """The code did not stop within {:g} s, it may ignore interrupts: interrupt_execution \
-with session_id={} and restart=True restarts the kernel and runs the session's cells again"""
-
 
 class CodeResult(TypedDict):  # no docstring: it would be sent with each list of tools
     result: list[str]
@@ -1648,19 +1635,13 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
         whole = {"structuredContent": outcome.as_dict(), "isError": outcome.not_run}
         return CallToolResult.model_validate({"content": content, **whole})
 
-    async def wait_for(session: Session, run: Run, timeout_s: float, ctx: Any) -> None:
-        """Wait for a run as long as the call may, and tell the client meanwhile."""
-        future, started = asyncio.wrap_future(run.done), time.monotonic()
-        try:
-            while not future.done() and (left := started + timeout_s - time.monotonic()) > 0:
-                await asyncio.wait([future], timeout=min(left, PROGRESS_S))
-                if not future.done():
-                    await ctx.report_progress(time.monotonic() - started, None, session.progress())
-            await asyncio.wait([future], timeout=SAVE_GRACE_S if run.stage == "saving" else 0)
-        except asyncio.CancelledError:
-            if not stdin.ended:
-                session.cancel(run)
-            raise
+    async def wait_for(session: Session, outcome: Any, max_s: float, ctx: Any) -> None:
+        """Wait as long as the call may, and tell the client meanwhile."""
+        started = time.monotonic()
+        while not outcome.done() and (left_s := started + max_s - time.monotonic()) > 0:
+            await asyncio.wait([outcome], timeout=min(left_s, PROGRESS_S))
+            if not outcome.done():
+                await ctx.report_progress(time.monotonic() - started, None, session.progress())
 
     # The docstrings of the tools are what the model reads.
 
@@ -1686,7 +1667,14 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
         timeout_s = interpreter.settings.timeout_s if timeout is None else timeout
         session = interpreter.session(session_id)
         run = session.submit(code)
-        await wait_for(session, run, timeout_s, ctx)
+        future = asyncio.wrap_future(run.done)
+        try:
+            await wait_for(session, future, timeout_s, ctx)
+            await asyncio.wait([future], timeout=SAVE_GRACE_S if run.stage == "saving" else 0)
+        except asyncio.CancelledError:
+            if not stdin.ended:
+                session.cancel(run)
+            raise
         return tool_result(session.collect(run, timeout_s))
 
     async def interrupt_execution(
@@ -1698,22 +1686,10 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
         If the code ignores that, restart=True restarts the kernel and runs the session's cells
         again.
         """
-        session, started = interpreter.session(session_id), time.monotonic()
-        try:
-            if not await asyncio.to_thread(session.interrupt):
-                text = f"Session {session_id} has no kernel: nothing runs"
-                return tool_result(Result([text], [], session_id, [], False))
-            run = session.submit("")  # collects what the interrupted code leaves
-            await wait_for(session, run, INTERRUPT_S, ctx)
-            if restart and not run.done.done():
-                await asyncio.to_thread(session.restart)
-                await wait_for(session, run, started + RESTART_S - time.monotonic(), ctx)
-        except ServerError as err:
-            return tool_result(Result([], [str(err)], session_id, [], True))
-        outcome = session.collect(run, INTERRUPT_S)
-        if not restart and not run.done.done():
-            outcome.error[-1] = STUBBORN.format(INTERRUPT_S, session_id)
-        return tool_result(outcome)
+        session = interpreter.session(session_id)
+        outcome = asyncio.ensure_future(asyncio.to_thread(session.interrupt, restart=restart))
+        await wait_for(session, outcome, HTTP_TIMEOUT_S, ctx)
+        return tool_result(await outcome)
 
     for tool in (execute_code, interrupt_execution):
         server.add_tool(tool, description=getdoc(tool))
@@ -1796,21 +1772,17 @@ def local_server(folder: str) -> Iterator[tuple[str, str]]:
     if not os.path.isdir(folder):
         raise ConfigError(f"--local: {folder!r} is not a folder")
     token, limit = secrets.token_hex(24), "--ZMQChannelsWebsocketConnection.iopub_{}_rate_limit=0"
-    flags = ["--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root", limit.format("data")]
-    flags += [limit.format("msg"), f"--ServerApp.root_dir={os.path.abspath(folder)}"]
+    flags = ["--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root", "--log-level=ERROR"]
+    flags += [f"--ServerApp.root_dir={Path(folder).resolve()}", *map(limit.format, ("data", "msg"))]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runtime:
         folders = dict.fromkeys(("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"), runtime)
         env, pipe = {**os.environ, "JUPYTER_TOKEN": token, **folders}, subprocess.PIPE
         command = [sys.executable, "-c", LOCAL_SERVER, *flags]
-        with (
-            open(os.path.join(runtime, "log"), "w+b") as output,
-            subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=output, env=env) as process,
-        ):  # at its end the pipe closes, and the server is waited for
-            assert process.stdout is not None
-            if not (url := process.stdout.readline().decode().strip()):
-                output.seek(0)
-                text = output.read().decode(errors="replace").replace(token, "...")
-                raise ConfigError(f"The local Jupyter server did not start: {text[-1000:]}")
+        said = None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, env=env) as process:
+            # at the end of this the pipe closes, and the server is waited for
+            if process.stdout is None or not (url := process.stdout.readline().decode().strip()):
+                raise ConfigError("The local Jupyter server did not start; --verbose shows why")
             yield url, token
 
 
@@ -1819,6 +1791,9 @@ def main(argv: list[str] | None = None) -> int:
     import signal
 
     args = parse_args(argv)
+    # websocket-client reads in pieces of 16 kB: glibc would keep 50 MB of them after a large print.
+    with contextlib.suppress(Exception):
+        ctypes.CDLL(None).mallopt(-3, 16_384)  # M_MMAP_THRESHOLD; other C libraries have none
     logging.basicConfig(format=f"{PROGRAM}: %(message)s")  # to stderr
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     warnings.simplefilter("ignore", SyntaxWarning)  # of cells that are parsed here

@@ -1093,7 +1093,7 @@ def test_a_cell_that_killed_its_kernel_is_not_run_again(
     assert (server.root / "notebooks" / "deadly").read_text() == "."
 
 
-def test_a_cell_that_kills_the_kernel_in_a_restore_is_left_out_of_the_next(
+def test_cells_that_kill_the_kernel_in_a_restore_do_not_wedge_the_session(
     client: Client, server: JupyterServer
 ) -> None:
     bomb = "import os\nif os.path.exists('armed'): open('bang', 'a').write('.'); os._exit(1)"
@@ -1103,10 +1103,10 @@ def test_a_cell_that_kills_the_kernel_in_a_restore_is_left_out_of_the_next(
     folder = server.root / "notebooks"
     (folder / "armed").touch()
     server.api("DELETE", f"kernels/{server.kernel_id(session_id)}").raise_for_status()
-    results = [client.run("x", session_id)["result"] for _ in range(2)]
-    assert results[-1][-1:] == ["42"], results
-    assert len((folder / "bang").read_text()) <= 2
+    (error,) = client.run("x", session_id)["error"]
+    assert "kill it again" in error and f"{session_id}.ipynb" in error
     (folder / "armed").unlink()
+    assert client.run("x", session_id)["result"][-1:] == ["42"]
 
 
 def test_a_kernel_in_which_a_person_has_run_something_is_left_as_it_is(
@@ -2733,8 +2733,10 @@ def test_a_run_that_nobody_collects_is_saved_when_it_ends(
     mortal.open_gate()
 
     def saved() -> bool:
-        cell = server.notebook(mortal.session_id)["cells"][-1]
-        return "uncollected" in json.dumps(cell["outputs"])
+        with suppress(ValueError):  # it is just being written
+            cell = server.notebook(mortal.session_id)["cells"][-1]
+            return "uncollected" in json.dumps(cell["outputs"])
+        return False
 
     eventually(saved, 20)
     assert mortal.client.run("", mortal.session_id)["result"] == ["uncollected"]
@@ -3260,7 +3262,8 @@ def test_a_cell_is_not_run_into_the_ground_by_the_restore_of_the_one_that_kills(
     with within(20):
         mortal.client.run(mortal.code("os._exit(1)"), mortal.session_id)
     for _ in range(2):
-        assert mortal.client.run("kept", mortal.session_id)["result"][-1] == "5"
+        after = mortal.client.run("kept", mortal.session_id)
+        assert after["result"][-1:] == ["5"], after
     mortal.survived()
 
 
