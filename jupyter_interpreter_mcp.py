@@ -295,7 +295,7 @@ class Outputs:
         self._displays: dict[str, dict[str, Any]] = {}
         self._mark = 0  # the items before it have been handed to a caller
         self._tail, self.omitted = "", 0  # the end of endless text, characters left out before it
-        self._error: list[dict[str, Any]] = []  # that ended the cell
+        self.error: list[dict[str, Any]] = []  # that ended the cell; its text is not new output
         self._text_size = self._data_size = 0
         self._clear_first = False
 
@@ -318,25 +318,23 @@ class Outputs:
 
     def items(self) -> list[dict[str, Any]]:
         """All that is kept, as outputs of nbformat."""
-        tail = [stream_output("stdout", self._tail)] if self._tail else []
-        return self._items + tail + self._error
+        return self._items + ([stream_output("stdout", self._tail)] if self._tail else [])
 
     def take_new(self) -> list[dict[str, Any]]:
-        """What has not been handed over yet; not the error that ended the cell."""
-        error, self._error = self._error, []
+        """What has not been handed over yet."""
         new = self.items()[self._mark :]
-        self._mark, self._tail, self._error = len(self._items), "", error
+        self._mark, self._tail = len(self._items), ""
         return new
 
     def fail(self, content: dict[str, Any]) -> None:
         """The error that ended the cell, from its reply; its own message can have been lost."""
         if self._items[self._mark :] and self._items[-1]["output_type"] == "error":
             self._items.pop()
-        self._error = [error_output(content)]
+        self.error = [error_output(content)]
 
     def size(self) -> int:
-        """Characters of all text, those that are not kept included."""
-        return sum(len(item_text(item)) for item in self.items()) + self.omitted
+        """Characters of all text that is kept."""
+        return sum(len(clean(item_text(item))) for item in self.items() + self.error)
 
     def last_line(self) -> str:
         """The newest line of text, for progress notifications."""
@@ -400,14 +398,11 @@ def item_text(item: dict[str, Any]) -> str:
     return f"[{', '.join(item['data'])}]"
 
 
-def notebook_outputs(items: list[dict[str, Any]], limit: int, note: str) -> list[dict[str, Any]]:
-    """Outputs as the file keeps them: the same, or of long ones head and tail and the pictures."""
-    texts = [clean(item_text(item)) for item in items]
-    if sum(map(len, texts)) <= limit:
-        return items
+def brief(items: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:
+    """Long outputs as the file keeps them: head and tail of their texts, and the pictures."""
     rest = [item for item in items if set(item.get("data", ())) & set(IMAGE_TYPES)]
     rest += [{**x, "evalue": x["evalue"][:999], "traceback": []} for x in items if "ename" in x]
-    return [stream_output("stdout", *shorten(texts, limit, note)), *rest]
+    return [stream_output("stdout", *texts), *rest]
 
 
 def render(items: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -659,6 +654,7 @@ class Kernel:
         self.language_info: dict[str, Any] = {}
         self.has_helper, self.lost = False, ""  # has_helper: it is IPython
         self.ready = False  # connected, and in the state that its user expects
+        self.tainted = False  # what it had not taken when it died was taken by the kernel after it
         self._execution_count = 0
         self._ws: websocket.WebSocket | None = None
         self._binary, self._ours = False, self.client_session_id  # ours: whose output
@@ -684,10 +680,9 @@ class Kernel:
         headers = self._ws.getheaders() or {}
         self._binary = headers.get("sec-websocket-protocol") == SUBPROTOCOL
 
-    @property
-    def owes(self) -> bool:
-        """Has it requests that it did not take? They would be taken by the kernel after it."""
-        return not all(request.heard for request in self._requests.values())
+    def took_all(self) -> bool:
+        """Did it begin all requests? Those that it did not are taken by the kernel after it."""
+        return all(request.heard for request in self._requests.values())
 
     def drop(self) -> None:
         self.ready = False
@@ -811,16 +806,19 @@ class Kernel:
             return False
         if state == "dead":
             raise KernelDied("The kernel died and could not be restarted.")
-        enough_s = SILENCE_S if greeting is None else LOST_S
-        return bool(state == "idle" or (now_s - self._heard_at > enough_s and not request.heard))
+        enough_s = LOST_S if request.heard or greeting is not None else SILENCE_S
+        waits = greeting is not None and request.heard
+        return bool(state == "idle" or (now_s - self._heard_at > enough_s and not waits))
 
     def _missed(self, request: Request, greeting: Request) -> KernelError:
         """Why a request that was overtaken by a greeting will not be done."""
         count = (greeting.reply or {}).get("execution_count") or 0
-        if greeting.answer.get("state", "ready") != "ready" or count < self._execution_count:
+        died = greeting.answer.get("state", "ready") != "ready" or count < self._execution_count
+        ran = count > (0 if died else self._execution_count)
+        if not request.heard and (ran or greeting.answer.get("last") == request.msg_id):
+            request.heard, self.tainted = True, died
+        if died:
             return KernelDied("The kernel was restarted.")
-        request.heard |= count > self._execution_count
-        request.heard |= greeting.answer.get("last") == request.msg_id
         text = "the kernel had not taken the code. Call again"
         if request.heard:
             text = "the code has ended, but output is missing and whether it failed is not known"
@@ -954,8 +952,7 @@ class Notebook:
 
 def json_inside(text: str) -> bytes:
     """Text as the inside of a JSON string; what UTF-8 cannot hold becomes "?"."""
-    text = text.encode("utf-8", "replace").decode()
-    return json.dumps(text, ensure_ascii=False)[1:-1].encode()
+    return json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
 
 
 def source_of(cell: dict[str, Any]) -> str:
@@ -1230,7 +1227,7 @@ class Session:
         """
         if (kernel := self.kernel) is not None and kernel.kernel_id:
             kernel.lost = kernel.lost or KERNEL_GONE
-            for _ in range(30 if kernel.owes else 0):
+            for _ in range(30 if kernel.tainted or not kernel.took_all() else 0):
                 with contextlib.suppress(ServerError):
                     self.client.delete(kernel.kernel_id)
                     kernel.kernel_id = ""
@@ -1345,14 +1342,16 @@ class Session:
         if not self._owner.keeps_notebook or run.request is None:
             return
         with run.lock:
-            items, limit, size = run.outputs.items(), self.settings.max_output, run.outputs.size()
-        outputs = notebook_outputs(items, limit, self._cut_note(size - limit, [run]))
+            items = run.outputs.items() + run.outputs.error
+        texts, limit = [clean(item_text(item)) for item in items], self.settings.max_output
+        excess = sum(map(len, texts)) - limit
+        if excess > 0:
+            items = brief(items, shorten(texts, limit, self._cut_note(excess, [run])))
         cell: dict[str, Any] = {"cell_type": "code", "id": run.cell_id, "source": run.source}
-        cell |= {"execution_count": run.execution_count, "outputs": outputs}
+        cell |= {"execution_count": run.execution_count, "outputs": items}
         try:
-            if size > limit:
-                text = "".join(clean(item_text(item)) for item in items)
-                self.client.write(self._text_path(run), [json_inside(text)])
+            if excess > 0:
+                self.client.write(self._text_path(run), [json_inside("".join(texts))])
             self._notebook.save({**cell, "metadata": {"execution": run.timing}})
         except (NotebookError, ServerError) as err:
             if run.stage == "saving":
