@@ -72,6 +72,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import requests
 import websocket
+from requests.utils import get_environ_proxies, select_proxy
 
 __version__ = "0.3.0"
 __all__ = ["Interpreter", "InterpreterError", "RemoteJupyterClient", "Result", "Settings"]
@@ -100,6 +101,7 @@ RESTART_S = 14.5  # the same for an interrupt and a restart together
 EXIT_S = 2.0  # for saving at exit; MCP clients kill a server that takes longer
 
 TEXT_KEPT = 15_000_000  # characters of one cell's text that are kept, then
+NOTEBOOK_TEXT = 10_000  # characters of a longer output that the notebook shows
 TAIL_KEPT = 1_000_000  # characters of the end of it
 DATA_KEPT = 64_000_000  # characters of pictures and other rich output of one cell
 ITEM_COST = 1_000  # what one more output costs, however short it is
@@ -251,10 +253,14 @@ def decode(frame: bytes, *, binary: bool) -> Message:
 ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
+
 def clean(text: str) -> str:
     """Text without ANSI codes, carriage returns and what UTF-8 cannot hold (lone surrogates)."""
     text = ANSI.sub("", text) if "\x1b" in text else text
-    return text.replace("\r", "").encode("utf-8", "replace").decode()
+    with contextlib.suppress(UnicodeEncodeError):
+        text.encode()
+        return text.replace("\r", "")
+    return clean(text.encode("utf-8", "replace").decode())
 
 
 def overwrite(text: str) -> str:
@@ -509,12 +515,9 @@ class RemoteJupyterClient:
         # A server without a token wants any equal pair, as a sign that we are no web page.
         no_token = {"X-XSRFToken": "x", "Cookie": "_xsrf=x"}
         self._auth = {"Authorization": f"token {token}"} if token else no_token
-        self._http = requests.Session()
-        self._http.trust_env = False  # no ~/.netrc in place of the token; 0.5 ms less a request
-        self._http.proxies.update(requests.utils.get_environ_proxies(base_url))
-        self._http.verify = self.ca_bundle
-        self._http.headers.update({**self._auth, "Content-Type": "application/json"})
-        self._http.mount(base_url, requests.adapters.HTTPAdapter(pool_maxsize=100))
+        # An adapter, not a session: no ~/.netrc in place of the token, no cookies, no redirects.
+        self._http = requests.adapters.HTTPAdapter(pool_maxsize=100)
+        self._proxies = get_environ_proxies(base_url)
 
     def request(self, verb: str, path: str, body: Any = None, max_s: float = HTTP_TIMEOUT_S) -> Any:
         """One request to /api/PATH; the decoded JSON of its answer.
@@ -527,16 +530,18 @@ class RemoteJupyterClient:
         """
         url, limits = f"{self.base_url}/api/{path}", (CONNECT_TIMEOUT_S, max_s)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body)
-        send, what = self._http.request, f"{verb} {url}"
+        headers, what = {**self._auth, "Content-Type": "application/json"}, f"{verb} {url}"
+        prepared = requests.Request(verb, url, headers, data=data).prepare()
+        options: dict[str, Any] = {"verify": self.ca_bundle, "proxies": self._proxies}
         try:
-            response = send(verb, url, data=data, timeout=limits, allow_redirects=False)
+            response = self._http.send(prepared, timeout=limits, **options)
+            status, answer, content = response.status_code, None, response.content
         except requests.RequestException as err:
             self.drop_connections()
             raise failure(what, err) from err
-        status, answer = response.status_code, None
-        log.debug("%s: %d in %s", what, status, response.elapsed)
+        log.debug("%s: %d", what, status)
         with contextlib.suppress(ValueError):
-            answer = response.json() if response.content else {}
+            answer = response.json() if content else {}
         if response.is_redirect:
             target = response.headers["Location"].partition("?")[0]
             raise failure(what, f"redirect to {target}")
@@ -613,7 +618,7 @@ class RemoteJupyterClient:
         url = f"ws{self.base_url[4:]}/api/kernels/{kernel_id}/channels?session_id={session}"
         bundle = "ca_cert_path" if os.path.isdir(self.ca_bundle) else "ca_certs"
         # The proxy that `requests` uses; if none, a host that is never used: no environment then.
-        proxy = urlsplit(requests.utils.select_proxy(self.base_url, self._http.proxies) or "")
+        proxy = urlsplit(select_proxy(self.base_url, self._proxies) or "")
         ws = websocket.WebSocket(sslopt={bundle: self.ca_bundle}, skip_utf8_validation=True)
         # The protocol is asked for as a plain header: websocket-client would refuse a server that
         # knows none, and a second handshake behind a gateway costs the replay.
@@ -939,15 +944,15 @@ class Notebook:
         if time.monotonic() - self._checked_at > FRESH_S:
             self.check()
         self._cells |= self._unsaved
-        rest = json.dumps({"metadata": self.metadata, **self._rest}, ensure_ascii=False, indent=1)
-        start, end = json_inside('{\n "cells": [\n'), json_inside("\n ]," + rest[1:] + "\n")
+        rest = json.dumps({"metadata": self.metadata, **self._rest}, ensure_ascii=False)
+        start, end = json_inside('{\n"cells": [\n'), json_inside("\n],\n" + rest[1:] + "\n")
         pieces = [start, b",\\n".join(self._cells.values()), end]
         self._modified = self.client.write(self.path, pieces)
         self._checked_at = time.monotonic()
         self._unsaved.clear()
 
     def _escape(self, cell: dict[str, Any]) -> bytes:
-        return json_inside(json.dumps(cell, ensure_ascii=False, indent=1))
+        return json_inside(json.dumps(cell, ensure_ascii=False))  # a line: indenting takes longer
 
 
 def json_inside(text: str) -> bytes:
@@ -1346,7 +1351,9 @@ class Session:
         texts, limit = [clean(item_text(item)) for item in items], self.settings.max_output
         excess = sum(map(len, texts)) - limit
         if excess > 0:
-            items = brief(items, shorten(texts, limit, self._cut_note(excess, [run])))
+            shown = min(limit, NOTEBOOK_TEXT)
+            note = self._cut_note(excess + limit - shown, [run])
+            items = brief(items, shorten(texts, shown, note))
         cell: dict[str, Any] = {"cell_type": "code", "id": run.cell_id, "source": run.source}
         cell |= {"execution_count": run.execution_count, "outputs": items}
         try:
