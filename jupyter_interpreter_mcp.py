@@ -204,6 +204,7 @@ class Request:
         self.reply: dict[str, Any] | None = None  # the content
         self.answer: dict[str, Any] = {}  # of the helper in the kernel, from the reply's payload
         self.idle = self.heard = False  # heard: the kernel took it, a message names it as parent
+        self.harmless = False  # the kernel after the one that it was sent to may take it, too
 
     @property
     def done(self) -> bool:
@@ -687,7 +688,7 @@ class Kernel:
 
     def took_all(self) -> bool:
         """Did it begin all requests? Those that it did not are taken by the kernel after it."""
-        return all(request.heard for request in self._requests.values())
+        return all(request.heard or request.harmless for request in self._requests.values())
 
     def drop(self) -> None:
         self.ready = False
@@ -712,7 +713,7 @@ class Kernel:
         """
         self._ours = CLIENT_PREFIX
         request = self.send({}, "kernel_info_request")
-        request.idle = True  # a kernel that starts can say so before anybody listens
+        request.idle = request.harmless = True  # it can say so before anybody listens
         info = self.wait(request)
         self.language_info = info.get("language_info") or {}
         self.has_helper = info.get("implementation") == "ipython"
@@ -770,7 +771,6 @@ class Kernel:
                 log.info("%s", err)
                 self.open(again=True)
                 greeting = self._greeting(None)
-        self._requests.pop(request.msg_id, None)
         reply = request.reply or {}
         self._execution_count = reply.get("execution_count") or self._execution_count
         return reply
@@ -791,7 +791,7 @@ class Kernel:
 
     def _greeting(self, mark: str | None) -> Request:
         request = self.execute(greeting_code(mark) if self.has_helper else "", silent=True)
-        request.heard = True  # it does no harm in the kernel after this one
+        request.harmless = True
         return request
 
     def _is_stuck(self, request: Request, greeting: Request | None) -> bool:
@@ -867,6 +867,8 @@ class Kernel:
             raise KernelDied("The kernel was shut down or restarted by somebody.")
         if (request := self._requests.get(parent.get("msg_id", ""))) is not None:
             request.note(message)
+            if request.done:
+                del self._requests[request.msg_id]
         ours = (parent.get("session") or "").startswith(self._ours)
         if ours and message.channel == "iopub":  # others' are skipped: a person may work here, too
             self._on_output(message)

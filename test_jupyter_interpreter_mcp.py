@@ -3309,7 +3309,7 @@ def test_a_server_that_stops_and_comes_back_is_told_and_the_session_restored(
 
 FLOODS = {
     "iopub_data_rate_limit": "print('x' * 8_000_000)",
-    "iopub_msg_rate_limit": "for n in range(8000):\n    print(n, flush=True)",
+    "iopub_msg_rate_limit": "for n in range(2000):\n    print(n, flush=True)",
 }
 
 
