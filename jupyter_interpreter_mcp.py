@@ -314,8 +314,9 @@ class Outputs:
             self._clear_first = True
         elif self._clear_first or msg_type == "clear_output":
             self.clear()
-        if msg_type == "error":
+        if msg_type == "error" and self._data_size < DATA_KEPT:
             self._items.append(error_output(content))
+            self._data_size += ITEM_COST + sum(map(len, content.get("traceback", ())))
         elif "data" in content:
             self._add_data(msg_type, content)
         elif re.match(r"IOPub (data|message) rate exceeded", content.get("text", "")):
@@ -583,7 +584,7 @@ class RemoteJupyterClient:
         self.request("POST", f"kernels/{kernel_id}/interrupt", max_s=5.0)
 
     def restart(self, kernel_id: str) -> None:
-        self.request("POST", f"kernels/{kernel_id}/restart")
+        self.request("POST", f"kernels/{kernel_id}/restart", max_s=RESTART_S - INTERRUPT_S)
 
     def delete(self, kernel_id: str) -> None:
         self.request("DELETE", f"kernels/{kernel_id}")
@@ -1034,7 +1035,7 @@ class Session:
         self.session_id, self.path = session_id, posixpath.join(owner.folder, f"{session_id}.ipynb")
         self.client, self.settings, self._owner = owner.client, owner.settings, owner
         self.kernel: Kernel | None = None  # the last one, dead or alive
-        self._is_new = is_new  # the id was made up for this call
+        self._is_new, self._had_kernel = is_new, False  # new: the id was made up for this call
         self._notebook = Notebook(self.client, self.path)
         self._changed = threading.Condition()
         self._runs: list[Run] = []  # waiting, current, or not yet collected; as the calls came
@@ -1072,12 +1073,13 @@ class Session:
         texts, errors, images = list[str](), list[str](), list[tuple[str, str]]()
         with self._changed:
             run.abandoned, run.save_at = True, 0.0
-            ahead = self._runs[: self._runs.index(run)]
+            ahead, ended = self._runs[: self._runs.index(run)], run.done.done()
             behind = run.stage == "waiting" and not all(each.done.done() for each in ahead)
             run.withdrawn = behind or (run.stage == QUEUED and timeout_s > 0)
             runs = [each for each in ahead if each.abandoned and (waits or not run.withdrawn)]
             runs.append(run)
-            over = [each for each in runs if each.done.done() or (each is run and behind)]
+            over = [each for each in ahead if each in runs and each.done.done()]
+            over += [run] if ended or behind else []
             self._runs = [each for each in self._runs if each not in over]
         for each in runs:
             mark = "" if waits or each is run else "[from earlier code] "
@@ -1088,7 +1090,7 @@ class Session:
                 errors += [mark + clean(text) for text in (*each.errors, *dropped)]
                 each.notes, each.errors, each.outputs.rate_limits = [], [], []
             images += pictures
-        if not run.done.done():
+        if not ended:
             text = NOT_RUN if run.withdrawn and not waits else STILL
             stage = (self.current or run).stage
             errors.append(text.format(stage, timeout_s, self.session_id))
@@ -1236,7 +1238,8 @@ class Session:
             kernel.lost = kernel.lost or KERNEL_GONE
             for _ in range(30 if kernel.tainted or not kernel.took_all() else 0):
                 with contextlib.suppress(ServerError):
-                    self.client.delete(kernel.kernel_id)
+                    with contextlib.suppress(NotFound):  # somebody was faster
+                        self.client.delete(kernel.kernel_id)
                     kernel.kernel_id = ""
                     break
                 time.sleep(0.1)
@@ -1251,12 +1254,11 @@ class Session:
         except KernelError as err:
             log.info("Session %d: %s", self.session_id, err)
             self.client.drop_connections()
-        name, attached, cells = f"session {self.session_id}", self.kernel is not None, None
+        name, cells, run.notes = f"session {self.session_id}", None, []
         with contextlib.suppress(NotebookError):  # `_save` reports it, after the code has run
             cells = self._notebook.load() if self._owner.keeps_notebook else []
-            if cells is None and not self._is_new and not attached:
+            if cells is None and not self._is_new and not self._had_kernel:
                 run.notes.append(f"{name.capitalize()} is new: there was no {self.path}")
-        self._is_new = False
         model = self._find_kernel()
         if self.kernel is None or self.kernel.kernel_id != model["id"] or self.kernel.lost:
             self._forget()
@@ -1278,9 +1280,9 @@ class Session:
             self._restore(run, self.kernel, cells)
         elif state == "ready" and run.stage == QUEUED:
             run.notes.append(BUSY.format(self.path))
-        elif state != "ready" and (cells or attached):
+        elif state in STATES and (cells or self._had_kernel):
             run.notes.append(STATES[state].format(name))
-        self.kernel.ready = True
+        self.kernel.ready = self._had_kernel = True
 
     def _find_kernel(self) -> dict[str, Any]:
         """The model of this session's kernel: the last one, else the notebook's, else a new one."""
@@ -1813,9 +1815,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     url, token, stack = args.jupyter_base_url, args.jupyter_token, contextlib.ExitStack()
 
-    def leave(*_: Any) -> None:  # a KeyboardInterrupt would wait for the thread that reads stdin
+    def leave(number: int, _: Any) -> None:  # without waiting for the thread that reads stdin
         stack.close()
-        os._exit(130)
+        os._exit(128 + number)
 
     try:
         with stack:
@@ -1831,6 +1833,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.execute is None:
                 load_sdk.join()
                 signal.signal(signal.SIGINT, leave)
+                signal.signal(signal.SIGTERM, leave)
                 serve(interpreter)
                 return 0
             code = sys.stdin.read() if args.execute == "-" else args.execute

@@ -3217,10 +3217,17 @@ def kill_idle_kernel(trial: Trial) -> None:
 def test_a_kernel_that_died_between_two_cells_is_restored_by_the_next(
     mortal: Trial, server: JupyterServer
 ) -> None:
-    kernel = f"kernels/{server.kernel_id(mortal.session_id)}"
+    kernel_id = server.kernel_id(mortal.session_id)
     kill_idle_kernel(mortal)
-    died = server.api("GET", kernel).json()["last_activity"]
-    eventually(lambda: server.api("GET", kernel).json()["last_activity"] > died)  # restarted
+
+    def started_anew() -> bool:
+        with suppress(psutil.Error):
+            processes = psutil.Process(server.process.pid).children(recursive=True)
+            lines = [" ".join(p.cmdline()) for p in processes if p.status() != "zombie"]
+            return any(kernel_id in line for line in lines)
+        return False
+
+    eventually(started_anew)
     restored = mortal.client.run("kept", mortal.session_id)
     if restored["error"]:  # the kernel had not come up
         restored = mortal.client.run("kept", mortal.session_id)
@@ -3585,6 +3592,35 @@ def test_a_client_that_goes_away_leaves_its_code_running_and_finds_it_in_the_not
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_and_leaves_code_running_and_its_output_saved(
+    clients: Callable[..., Client], tmp_path: Path, server: JupyterServer, number: signal.Signals
+) -> None:
+    trial = Trial(clients(), tmp_path)
+    body = "print('before', flush=True)\ntell('said')\nwait()\nfound = 'by then'\ntell('done')"
+    trial.client.start(trial.code(body), trial.session_id, timeout=0).result(20)
+    eventually(lambda: trial.told("said"))
+    trial.client.run("", trial.session_id, timeout=0.5)
+    process = psutil.Process(trial.client.pid)
+    os.kill(trial.client.pid, number)
+
+    def ended() -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return process.status() == "zombie"
+        return True
+
+    eventually(ended, 5)
+    trial.client.close()
+    assert "before" in json.dumps(server.notebook(trial.session_id)["cells"][-1]["outputs"])
+    trial.open_gate()
+    eventually(lambda: trial.told("done"))
+    trial.client = clients()
+    after = trial.client.run("found", trial.session_id)
+    assert (after["result"][-1], after["error"]) == ("'by then'", [])
+    trial.survived()
+
+
+@pytest.mark.faults
 def test_stdout_carries_json_rpc_and_nothing_else(server: JupyterServer) -> None:
     cells = ["print('out')", "1 / 0", "ls", "import os\nos._exit(1)", "x = 1\x1b[0m", "'\\udc80'"]
     start = {
@@ -3656,11 +3692,12 @@ def test_calls_that_wait_keep_their_order(trial: Trial, server: JupyterServer) -
 
 
 @pytest.mark.faults
-def test_threads_and_descriptors_do_not_leak(far: Trial, network: Network) -> None:
+def test_threads_and_descriptors_do_not_leak(
+    clients: Callable[..., Client], network: Network, tmp_path: Path
+) -> None:
     """After many calls, 50 cancelled ones and 20 dropped connections."""
+    far = Trial(clients(url=network.url), tmp_path)
     process = psutil.Process(far.client.pid)
-    for _ in range(2):  # a test before may have left a dead connection
-        far.client.run("beside", far.beside)
     before = (process.num_threads(), process.num_fds())
     for n in range(50):
         mark = far.folder / f"cancelled{n}"
