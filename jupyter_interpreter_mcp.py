@@ -662,7 +662,7 @@ class Kernel:
         self.has_helper, self.lost = False, ""  # has_helper: it is IPython
         self.ready = False  # connected, and in the state that its user expects
         self.tainted = False  # what it had not taken when it died was taken by the kernel after it
-        self._execution_count = 0
+        self._execution_count, self._made_at = 0, time.monotonic()
         self._ws: websocket.WebSocket | None = None
         self._binary, self._ours = False, self.client_session_id  # ours: whose output
         self._heard_at = self._asked_at = 0.0  # a message came, or was sent; REST was asked
@@ -812,6 +812,9 @@ class Kernel:
             return False
         if state == "dead":
             raise KernelDied("The kernel died and could not be restarted.")
+        hangs = state == "starting" and not request.heard
+        if hangs and now_s - self._made_at > KERNEL_TIMEOUT_S:
+            raise KernelDied("The kernel did not start in time.")
         enough_s = LOST_S if request.heard or greeting is not None else SILENCE_S
         waits = greeting is not None and request.heard
         return bool(state == "idle" or (now_s - self._heard_at > enough_s and not waits))
@@ -1296,7 +1299,8 @@ class Session:
             again = self.kernel is not None and not self._owner.keeps_notebook
             path = f"{self.path}-{uuid.uuid4().hex}" if again else self.path
             model = self.client.open_session(path, name)
-        if model.get("execution_state") == "dead":
+        hangs = self.kernel is not None and self.kernel.kernel_id == model["id"]  # tried in vain
+        if model.get("execution_state") in (("dead", "starting") if hangs else ("dead",)):
             self.client.restart(model["id"])
         return model
 
