@@ -663,6 +663,7 @@ class Kernel:
         self.ready = False  # connected, and in the state that its user expects
         self.tainted = False  # what it had not taken when it died was taken by the kernel after it
         self._execution_count, self._made_at = 0, time.monotonic()
+        self._pieces = 0  # of a message that is not here as a whole
         self._ws: websocket.WebSocket | None = None
         self._binary, self._ours = False, self.client_session_id  # ours: whose output
         self._heard_at = self._asked_at = 0.0  # a message came, or was sent; REST was asked
@@ -843,6 +844,10 @@ class Kernel:
             if opcode == websocket.ABNF.OPCODE_CLOSE:
                 raise ConnectionLost("closed by the server")
         except (websocket.WebSocketTimeoutException, BlockingIOError, ssl.SSLWantReadError):
+            pieces = len(self._ws.frame_buffer.recv_buffer) if self._ws is not None else 0
+            if pieces > self._pieces:  # a large message is on its way: that is no silence
+                self._heard_at = time.monotonic()
+            self._pieces = pieces
             return False
         except (ConnectionLost, websocket.WebSocketException, OSError) as err:
             self.drop()

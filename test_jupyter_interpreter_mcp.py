@@ -3446,6 +3446,38 @@ def test_five_prints_of_100_mb_do_not_add_up(
     trial.survived()
 
 
+class SlowNetwork(Proxy):
+    """After each megabyte of the server nothing comes for a while."""
+
+    def _pump(self, source: socket.socket, target: socket.socket, from_client: bool) -> None:
+        passed = 0
+        with suppress(OSError):
+            while data := source.recv(65536):
+                passed += len(data)
+                if not from_client and passed > 1_000_000:
+                    time.sleep(0.8)
+                    passed = 0
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.faults
+def test_a_large_message_on_a_slow_network_is_no_silence(
+    clients: Callable[..., Client], tmp_path: Path
+) -> None:
+    no_limit = "--ZMQChannelsWebsocketConnection.iopub_data_rate_limit=0"
+    server = JupyterServer(tmp_path / "server", no_limit)
+    network = SlowNetwork(server.port)
+    trial = Trial(clients(server=server, url=network.url), tmp_path)
+    printed = trial.client.run(trial.code("print('x' * 8_000_000)"), trial.session_id)
+    assert printed["error"] == [] and "characters left out" in text_of(printed)
+    trial.survived()
+    network.close()
+    server.stop()
+
+
 PICTURE = "from IPython.display import Image\nPNG = b'\\x89PNG\\r\\n\\x1a\\n'\n"
 
 
