@@ -3598,6 +3598,16 @@ def test_code_goes_on_when_the_mcp_server_is_killed_and_the_next_one_waits_for_i
     trial.survived()
 
 
+def assert_goes_on(trial: Trial, clients: Callable[..., Client]) -> None:
+    """The code went on without its MCP server, and the next one finds what it left."""
+    trial.open_gate()
+    eventually(lambda: trial.told("done"))
+    trial.client = clients()
+    after = trial.client.run("found", trial.session_id)
+    assert (after["result"][-1], after["error"]) == ("'by then'", [])
+    trial.survived()
+
+
 @pytest.mark.faults
 def test_a_client_that_goes_away_leaves_its_code_running_and_finds_it_in_the_notebook(
     clients: Callable[..., Client], tmp_path: Path, server: JupyterServer
@@ -3615,12 +3625,7 @@ def test_a_client_that_goes_away_leaves_its_code_running_and_finds_it_in_the_not
     assert waiting.done() or waiting.cancel()
     cell = server.notebook(trial.session_id)["cells"][-1]
     assert "tell('said')" in "".join(cell["source"]) and "before" in json.dumps(cell["outputs"])
-    trial.open_gate()
-    eventually(lambda: trial.told("done"))
-    trial.client = clients()
-    after = trial.client.run("found", trial.session_id)
-    assert (after["result"][-1], after["error"]) == ("'by then'", [])
-    trial.survived()
+    assert_goes_on(trial, clients)
 
 
 @pytest.mark.faults
@@ -3644,12 +3649,7 @@ def test_a_signal_ends_the_command_and_leaves_code_running_and_its_output_saved(
     eventually(ended, 5)
     trial.client.close()
     assert "before" in json.dumps(server.notebook(trial.session_id)["cells"][-1]["outputs"])
-    trial.open_gate()
-    eventually(lambda: trial.told("done"))
-    trial.client = clients()
-    after = trial.client.run("found", trial.session_id)
-    assert (after["result"][-1], after["error"]) == ("'by then'", [])
-    trial.survived()
+    assert_goes_on(trial, clients)
 
 
 @pytest.mark.faults
