@@ -254,7 +254,6 @@ def decode(frame: bytes, *, binary: bool) -> Message:
 ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
-
 def clean(text: str) -> str:
     """Text without ANSI codes, carriage returns and what UTF-8 cannot hold (lone surrogates)."""
     text = ANSI.sub("", text) if "\x1b" in text else text
@@ -1208,8 +1207,12 @@ class Session:
             elif not isinstance(err, InterpreterError):
                 text = f"Internal error, whether the code ran is not known: {err!r}"
                 log.exception("Session %d", self.session_id)
-            run.not_run = run.request is None or not run.request.heard
-            text = f"Not run: {text}" if run.not_run else text
+            heard = run.request is not None and run.request.heard
+            run.not_run = run.request is None or (isinstance(err, ConnectionLost) and not heard)
+            if run.not_run:
+                text = f"Not run: {text}"
+            elif not heard:  # native code that holds the GIL, or ended the kernel, says nothing
+                text += "; whether the code began is not known"
             run.fail(text, {"ename": "KernelDied", "evalue": text} if died else None)
         if not run.not_run:
             run.stage, run.timing["shell.execute_reply"] = "saving", now()
@@ -1229,8 +1232,9 @@ class Session:
         run = self.current
         if self._owner.closing:
             raise Detached
-        if run is not None and run.stage == "running" and run.request is not None:
-            if run.withdrawn and run.request.heard and self.kernel is not None:  # not before
+        request = run.request if run is not None and run.stage == "running" else None
+        if run is not None and request is not None and request.heard:  # else it may yet not run
+            if run.withdrawn and self.kernel is not None:
                 run.withdrawn = False
                 with contextlib.suppress(ServerError):
                     self.client.interrupt(self.kernel.kernel_id)

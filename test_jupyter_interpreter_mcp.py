@@ -2967,6 +2967,20 @@ def test_native_code_that_ignores_the_interrupt_is_stopped_by_a_restart(mortal: 
 
 
 @pytest.mark.faults
+def test_native_code_that_says_nothing_at_all_is_stopped_by_a_restart_and_not_restored(
+    mortal: Trial,
+) -> None:
+    """It holds the GIL from its first moment, so the kernel cannot even say that it is busy."""
+    early = mortal.client.run("sum(range(10 ** 13))", mortal.session_id, timeout=1)
+    assert "running" in text_of(early)
+    with within(15.5):
+        restarted = mortal.client.interrupt(mortal.session_id, restart=True)
+    assert "ran again" in text_of(restarted) and "Not run" not in text_of(restarted), restarted
+    mortal.client.run(mortal.code(""), mortal.session_id)
+    mortal.survived()
+
+
+@pytest.mark.faults
 def test_an_interrupt_after_the_mcp_server_was_restarted_stops_the_code(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3195,6 +3209,25 @@ def test_a_kernel_that_dies_is_told_with_the_output_so_far(mortal: Trial, death:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("code", ["import os\nos._exit(1)", "import os\nos.abort()"])
+def test_a_kernel_that_ends_before_it_says_anything_is_not_called_unreached(
+    mortal: Trial, server: JupyterServer, code: str
+) -> None:
+    """Its messages are sent by another thread: they are lost when the first statement ends it."""
+    for _ in range(3):  # which is a matter of luck
+        with within(6):
+            dead = mortal.client.call(code, mortal.session_id)
+        said = text_of(dead["structuredContent"])
+        assert not dead["isError"] and "kernel died" in said and "Not run" not in said, said
+        cell = server.notebook(mortal.session_id)["cells"][-1]
+        assert cell["source"] == code and cell["outputs"][-1]["ename"] == "KernelDied", cell
+        restored = mortal.client.run("kept", mortal.session_id)
+        assert "ran again" in restored["result"][0] and restored["result"][1:] == ["5"], restored
+    mortal.client.run(mortal.code(""), mortal.session_id)
+    mortal.survived()
+
+
+@pytest.mark.faults
 def test_a_kernel_that_is_killed_from_outside_is_told_within_5_s(mortal: Trial) -> None:
     pid = int(mortal.client.run("import os\nos.getpid()", mortal.session_id)["result"][0])
     call = mortal.begin("print('before', flush=True)\nwait()", timeout=30)
@@ -3250,6 +3283,8 @@ def test_code_sent_to_a_dead_kernel_runs_once_at_most_and_what_is_said_of_it_is_
         assert len(restored["result"]) <= 2 and "Traceback" not in text_of(restored), restored
     if "not run" in text_of(sent).lower():
         assert mortal.runs() == 0, "told that it was not run, but it was"
+    if not mortal.runs():
+        assert re.search("not run|not known", text_of(sent), re.I), sent
         mortal.client.run(mortal.code("print('ran')"), mortal.session_id)
     mortal.survived()
 
