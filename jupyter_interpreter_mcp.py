@@ -49,7 +49,6 @@ import ctypes
 import importlib.util
 import io
 import json
-import keyword
 import logging
 import os
 import posixpath
@@ -61,32 +60,28 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
-from urllib.parse import quote, unquote, urlsplit
+from typing import Annotated, Any, NamedTuple
+from urllib.parse import quote, urlsplit
 
 import requests
 import websocket
-from requests.utils import get_environ_proxies, select_proxy
 
 __version__ = "0.3.0"
-__all__ = ["Interpreter", "InterpreterError", "RemoteJupyterClient", "Result", "Settings"]
 
 log = logging.getLogger("jupyter_interpreter_mcp")
 
 # --- Constants -----------------------------------------------------------------------------------
 
-PROGRAM = "jupyter-interpreter-mcp"
+PROGRAM = "jupyter-interpreter-mcp"  # begins each client_session_id: so we know our own kind
 MAX_SESSION_ID = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 CONNECT_TIMEOUT_S = 10.0  # for a TCP connection
 HTTP_TIMEOUT_S = 30.0  # for an answer
-KERNEL_TIMEOUT_S = 60.0  # for a kernel to start; its websocket is answered when it is up
-RECONNECT_S = 60.0  # how long a broken websocket is tried again
+STARTS_S = 30.0  # a kernel whose websocket is not answered by then hangs: it is started once more
+KERNEL_TIMEOUT_S = 60.0  # for a kernel to start, or to connect to one again
 TICK_S = 0.5  # how often a waiting thread looks up: closing? kernel lost? time to save?
 SILENCE_S = 2.0  # no message for so long: ask over REST, a deleted kernel's websocket is silent
 TRUSTED_S = 5.0  # a kernel that said something so recently is there
@@ -94,7 +89,6 @@ LOST_S = 10.0  # a busy kernel that has not begun our request for so long: conne
 IDLE_S = 30.0  # an unused websocket is closed; the server drops one that is not read for 90 s
 SAVE_EVERY_S = 10.0  # a cell that runs on is saved so often, for whoever opens the notebook
 FRESH_S = 1.0  # how long "nobody else changed the file" is believed
-SAVE_GRACE_S = 3.0  # a call waits so much longer if its code has ended and is being saved
 PROGRESS_S = 5.0  # between two progress notifications
 INTERRUPT_S = 5.0  # how long an interrupt may take before we say that it did not work
 RESTART_S = 14.5  # the same for an interrupt and a restart together
@@ -113,7 +107,6 @@ IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 # at once; a Pong needs no answer (RFC 6455, section 5.5.3). A small call takes 5 instead of 45 ms.
 PONG_BELOW = 128_000
 SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"  # binary frames: 18 x faster for large text
-CLIENT_PREFIX = f"{PROGRAM}-"  # begins each client_session_id, so that we know our own kind
 HELPER_NAME = "_jupyter_interpreter_mcp"  # of the module in the kernel
 KERNEL_GONE = "The kernel is gone: it was shut down, or culled when it was idle."
 
@@ -187,37 +180,35 @@ class Result(NamedTuple):
         return {"result": self.result, "error": self.error, "session_id": self.session_id}
 
 
-class Message(NamedTuple):
-    """A decoded message. Source: Messaging in Jupyter, "General Message Format"."""
-
-    channel: str
-    msg_type: str
-    parent_header: dict[str, Any]
-    content: dict[str, Any]
+# As it travels: channel, header, parent_header, content. Source: Messaging in Jupyter, "General
+# Message Format".
+Message = dict[str, Any]
 
 
 class Request:
     """One request on its way. Done when its reply *and* its idle status are here, in any order."""
 
     def __init__(self) -> None:
-        self.msg_id = uuid.uuid4().hex
+        self.msg_id = secrets.token_hex(16)
         self.reply: dict[str, Any] | None = None  # the content
         self.answer: dict[str, Any] = {}  # of the helper in the kernel, from the reply's payload
-        self.idle = self.heard = False  # heard: the kernel took it, a message names it as parent
-        self.harmless = False  # the kernel after the one that it was sent to may take it, too
+        # heard: the kernel took it, a message names it as parent
+        # harmless: the kernel after the one that it was sent to may take it, too
+        self.idle = self.heard = self.harmless = False
 
-    @property
     def done(self) -> bool:
         return self.reply is not None and self.idle
 
     def note(self, message: Message) -> None:
         self.heard = True
-        if message.msg_type in ("execute_reply", "kernel_info_reply"):
-            self.reply = message.content
-            payload = message.content.get("payload") or []
+        self.idle |= message["content"].get("execution_state") == "idle"
+        if message["channel"] == "shell":
+            self.reply = message["content"]
+            payload = message["content"].get("payload") or []
             self.answer = next((p for p in payload if p.get("source") == HELPER_NAME), {})
-        elif message.msg_type == "status":
-            self.idle |= message.content.get("execution_state") == "idle"
+            if text := self.answer.get("error"):  # of a command: as if the reply said so
+                names = {"ename": "CommandFailed", "evalue": text, "traceback": [text]}
+                self.reply = {"status": "error", **names}
 
 
 # --- Protocol, pure ------------------------------------------------------------------------------
@@ -243,12 +234,11 @@ def decode(frame: bytes, *, binary: bool) -> Message:
     if binary:
         ends = [int.from_bytes(frame[i : i + 8], "little") for i in range(8, 56, 8)]
         channel, *parts = (frame[ends[i] : ends[i + 1]] for i in range(5))
-        header, parent, _, content = map(json.loads, parts)
-        return Message(channel.decode(), header["msg_type"], parent, content)
+        names = ("channel", "header", "parent_header", "metadata", "content")
+        return dict(zip(names, (channel.decode(), *map(json.loads, parts)), strict=True))
     if frame[:1] != b"{":  # JSON with buffers: their number and the offsets, in 4 bytes each
         frame = frame[int.from_bytes(frame[4:8], "big") : int.from_bytes(frame[8:12], "big")]
-    msg = json.loads(frame)
-    return Message(msg["channel"], msg["header"]["msg_type"], msg["parent_header"], msg["content"])
+    return Message(json.loads(frame))
 
 
 ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -256,11 +246,8 @@ ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-
 
 def clean(text: str) -> str:
     """Text without ANSI codes, carriage returns and what UTF-8 cannot hold (lone surrogates)."""
-    text = ANSI.sub("", text) if "\x1b" in text else text
-    with contextlib.suppress(UnicodeEncodeError):
-        text.encode()
-        return text.replace("\r", "")
-    return clean(text.encode("utf-8", "replace").decode())
+    text = text.encode("utf-8", "replace").decode()
+    return (ANSI.sub("", text) if "\x1b" in text else text).replace("\r", "")
 
 
 def overwrite(text: str) -> str:
@@ -270,19 +257,18 @@ def overwrite(text: str) -> str:
 
 def shorten(texts: list[str], limit: int, note: str) -> list[str]:
     """Head and tail of texts, `limit` characters in all; `note` stands for the middle."""
-    total, position, kept = sum(map(len, texts)), 0, []
+    head, excess, kept = limit // 2, max(0, sum(map(len, texts)) - limit), list[str]()
     for text in texts:
-        left = max(0, limit // 2 - position)
-        right = max(left, total - limit // 2 - position)
-        position += len(text)
-        if total > limit and left < len(text) and right > 0:
-            text, note = text[:left] + note + text[right:], ""
-        kept.append(text)
+        cut = max(0, min(excess, len(text) - head))
+        kept.append(text[:head] + (note if cut else "") + text[head + cut :])
+        head, excess, note = max(0, head - len(text)), excess - cut, "" if cut else note
     return kept
 
 
+RATE_LIMITED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or \
+write to a file and read parts of it; or start the server with higher limits, \
+--ZMQChannelsWebsocketConnection.iopub_data_rate_limit=1e10 and .iopub_msg_rate_limit=1e10"""
 DISPLAYS = ("display_data", "execute_result", "update_display_data")
-OUTPUT_TYPES = ("stream", "error", "clear_output", *DISPLAYS)
 
 
 class Outputs:
@@ -293,33 +279,31 @@ class Outputs:
     """
 
     def __init__(self) -> None:
-        self.rate_limits: list[str] = []
+        # error: that ended the cell; its text is not new output. lost: what the server dropped
+        self.error, self.lost = list[dict[str, Any]](), ""
         self.clear()
 
     def clear(self) -> None:
-        self._items: list[dict[str, Any]] = []
-        self._displays: dict[str, dict[str, Any]] = {}
-        self._mark = 0  # the items before it have been handed to a caller
-        self._tail, self.omitted = "", 0  # the end of endless text, characters left out before it
-        self.error: list[dict[str, Any]] = []  # that ended the cell; its text is not new output
-        self._text_size = self._data_size = 0
-        self._clear_first = False
+        # displays: those that no caller has seen, by id
+        self._items, self._displays = list[dict[str, Any]](), dict[str, dict[str, Any]]()
+        # mark: the items before it have been handed to a caller; omitted: characters before tail
+        self._mark = self.omitted = self._text_size = self._data_size = 0
+        self._tail, self._clear_first = "", False  # tail: the end of endless text
 
     def add(self, msg_type: str, content: dict[str, Any]) -> None:
         """Take the content of one IOPub message."""
-        if msg_type not in OUTPUT_TYPES:
-            return
+        shows = msg_type in ("stream", "error", *DISPLAYS)
         if content.get("wait"):  # clear, but not before there is something new
             self._clear_first = True
-        elif self._clear_first or msg_type == "clear_output":
+        elif msg_type == "clear_output" or (shows and self._clear_first):
             self.clear()
         if msg_type == "error" and self._data_size < DATA_KEPT:
             self._items.append(error_output(content))
             self._data_size += ITEM_COST + sum(map(len, content.get("traceback", ())))
-        elif "data" in content:
+        elif msg_type in DISPLAYS:
             self._add_data(msg_type, content)
         elif re.match(r"IOPub (data|message) rate exceeded", content.get("text", "")):
-            self.rate_limits.append(content["text"])
+            self.lost = RATE_LIMITED.format(content["text"])
         elif msg_type == "stream":
             self._add_text(content["name"], content["text"])
 
@@ -330,7 +314,8 @@ class Outputs:
     def take_new(self) -> list[dict[str, Any]]:
         """What has not been handed over yet."""
         new = self.items()[self._mark :]
-        self._mark, self._tail = len(self._items), ""
+        # A display that is updated later is shown again: the caller has an older state.
+        self._mark, self._tail, self._displays = len(self._items), "", {}
         return new
 
     def fail(self, content: dict[str, Any]) -> None:
@@ -377,9 +362,7 @@ class Outputs:
         if display_id := (content.get("transient") or {}).get("display_id"):
             first = self._displays.setdefault(display_id, item)
             if msg_type == "update_display_data" and first is not item:
-                first.update(shown)
-                if any(first is new for new in self._items[self._mark :]):
-                    return None  # else the caller has an older state: hand it over again
+                return first.update(shown)
         return self._items.append(item)
 
 
@@ -414,25 +397,18 @@ def brief(items: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]
 
 def render(items: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, str]]]:
     """What a person sees below the cell, in order, as strings; and its pictures."""
-    texts: list[str] = []
-    images: list[tuple[str, str]] = []
-    joins = False
-    for item in items:
-        texts += [] if joins and "text" in item else [""]
+    texts, images = list[str](), list[tuple[str, str]]()
+    for before, item in zip([{}, *items], items, strict=False):
+        texts += [] if "text" in before and "text" in item else [""]  # streams are joined
         texts[-1] += clean(item_text(item))
-        joins = "text" in item
         for mime in [mime for mime in IMAGE_TYPES if mime in item.get("data", ())][:1]:
             data = "".join("".join(item["data"][mime]).split())
             size = len(data) * 3 // 4
-            if size <= IMAGE_BYTES and len(images) < IMAGES_SENT:
-                images.append((mime, data))
-            else:
-                most = f"only {IMAGES_SENT} pictures of {IMAGE_BYTES:,} bytes are sent"
-                texts[-1] += f"\n[{mime}, {size:,} bytes, is in the notebook: {most}]"
+            sent = size <= IMAGE_BYTES and len(images) < IMAGES_SENT
+            images += [(mime, data)] if sent else []
+            most = f"only {IMAGES_SENT} pictures of {IMAGE_BYTES:,} bytes are sent"
+            texts[-1] += "" if sent else f"\n[{mime}, {size:,} bytes, is in the notebook: {most}]"
     return [text.removesuffix("\n") for text in texts], images
-
-
-INSTALLER = re.compile(r"^(?:pip|conda|mamba|uv)[ \t]+-{0,2}[a-z]", re.M)  # as in the helper
 
 
 def settle(code: str) -> tuple[str, str] | None:
@@ -450,10 +426,9 @@ def settle(code: str) -> tuple[str, str] | None:
         tree = ast.parse(code)  # top-level `await` is left to the kernel
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    first = [ast.get_source_segment(code, x) for x in tree.body[:1] if isinstance(x, ast.Expr)]
-    word = re.match(r"([A-Za-z_]\w*)(?=[\s;|&<>]|\Z)", first[0] or "" if first else "")
-    command = INSTALLER.search(code) or (word and not keyword.iskeyword(word[1]))
-    return None if command else ("python", code)
+    word = re.match(r"(?:\s|#.*\n)*([A-Za-z_]\w*)(?=[\s;|&<>]|\Z)", code)  # as in the helper
+    installs = re.search(r"(?m)^(pip|conda|mamba|uv)[ \t]+-{0,2}[a-z]", code)
+    return None if installs or (word and isinstance(tree.body[0], ast.Expr)) else ("python", code)
 
 
 # --- Jupyter server ------------------------------------------------------------------------------
@@ -465,16 +440,17 @@ FAILURES: tuple[tuple[str, type[ServerError], str], ...] = (
     (r"^status 404.*/kernelspecs$", NotFound, f"; {NO_JUPYTER}"),
     (r"^(Handshake )?status 404", NotFound, ""),
     (r"^status 500.* POST \S+/sessions$", ServerError, "; the kernel did not start"),
+    (r"^status [45].* PUT ", ServerError, "; can it write there? See --notebooks-folder"),
+    (r"^status 3.* to \S*/hub/", ServerError, "; start this server in the hub, or check its name"),
+    (r"^status 3.* to \S*login", ServerError, "; check the token and the path of the URL"),
+    (r"^status 3", ServerError, "; give the final URL as --jupyter-base-url"),
+    (r"^status 2", ServerError, f", but no JSON: {NO_JUPYTER}"),
     (r"^status", ServerError, ""),
-    (r"^redirect to \S*/hub/", ServerError, "; start this server in the hub, or check its name"),
-    (r"^redirect to \S*login", ServerError, "; check the token and the path of the URL"),
-    (r"^redirect", ServerError, "; give the final URL as --jupyter-base-url"),
     (r"ProxyError", ServerUnreachable, "; the proxy failed: check HTTPS_PROXY and NO_PROXY"),
     (r"SSL", ServerUnreachable, "; TLS failure: a private CA needs --ca-bundle FILE"),
     (r"NameResolution|Name or service", ServerUnreachable, "; unknown host: check the URL"),
     (r"refused", ServerUnreachable, "; is the server running, and is this its port?"),
-    (r"ConnectTimeout", ServerUnreachable, "; no connection within this time: check the URL"),
-    (r"Timeout", ServerUnreachable, "; no answer within this time: overloaded, or no HTTP(S) port"),
+    (r"Timeout", ServerUnreachable, "; no answer in time: overloaded, wrong URL, no HTTP(S) port"),
     (r"", ServerUnreachable, "; call again when the server is back"),
 )
 
@@ -518,7 +494,8 @@ class RemoteJupyterClient:
         self._auth = {"Authorization": f"token {token}"} if token else no_token
         # An adapter, not a session: no ~/.netrc in place of the token, no cookies, no redirects.
         self._http = requests.adapters.HTTPAdapter(pool_maxsize=100)
-        self._proxies = get_environ_proxies(base_url)
+        proxies = requests.utils.get_environ_proxies(base_url)
+        self._options: Any = {"verify": self.ca_bundle, "proxies": proxies}
 
     def request(self, verb: str, path: str, body: Any = None, max_s: float = HTTP_TIMEOUT_S) -> Any:
         """One request to /api/PATH; the decoded JSON of its answer.
@@ -533,9 +510,8 @@ class RemoteJupyterClient:
         data = body if body is None or isinstance(body, bytes) else json.dumps(body)
         headers, what = {**self._auth, "Content-Type": "application/json"}, f"{verb} {url}"
         prepared = requests.Request(verb, url, headers, data=data).prepare()
-        options: dict[str, Any] = {"verify": self.ca_bundle, "proxies": self._proxies}
         try:
-            response = self._http.send(prepared, timeout=limits, **options)
+            response = self._http.send(prepared, timeout=limits, **self._options)
             status, answer, content = response.status_code, None, response.content
         except requests.RequestException as err:
             self.drop_connections()
@@ -543,15 +519,12 @@ class RemoteJupyterClient:
         log.debug("%s: %d", what, status)
         with contextlib.suppress(ValueError):
             answer = response.json() if content else {}
+        detail = answer.get("message") if isinstance(answer, dict) else None
         if response.is_redirect:
-            target = response.headers["Location"].partition("?")[0]
-            raise failure(what, f"redirect to {target}")
-        if not response.ok:
-            detail = answer.get("message") if isinstance(answer, dict) else None
-            raise failure(what, f"status {status} {detail or response.reason}")
-        if answer is None:
-            raise ServerError(f"{url} did not answer with JSON: {NO_JUPYTER}")
-        return answer
+            detail = f"redirect to {response.headers['Location'].partition('?')[0]}"
+        elif response.ok and answer is not None:
+            return answer
+        raise failure(what, f"status {status} {detail or response.reason}")
 
     def drop_connections(self) -> None:
         """Keep none of the connections: where one is dead, the others may be as dead."""
@@ -567,7 +540,7 @@ class RemoteJupyterClient:
     def open_session(self, path: str, kernel_name: str) -> dict[str, Any]:
         """The model of the kernel that is bound to a notebook's path; started if there is none."""
         body: dict[str, Any] = {"path": path, "name": posixpath.basename(path), "type": "notebook"}
-        body |= {"kernel": {"name": kernel_name} if kernel_name else {}}
+        body["kernel"] = {"name": kernel_name or None}
         return dict(self.request("POST", "sessions", body, KERNEL_TIMEOUT_S)["kernel"])
 
     def find_kernel(self, path: str) -> str | None:
@@ -579,11 +552,9 @@ class RemoteJupyterClient:
         """A kernel's model; NotFound if there is no such kernel."""
         return dict(self.request("GET", f"kernels/{kernel_id}", max_s=5.0))
 
-    def interrupt(self, kernel_id: str) -> None:
-        self.request("POST", f"kernels/{kernel_id}/interrupt", max_s=5.0)
-
-    def restart(self, kernel_id: str) -> None:
-        self.request("POST", f"kernels/{kernel_id}/restart", max_s=RESTART_S - INTERRUPT_S)
+    def command(self, kernel_id: str, name: str) -> None:
+        """Have the server "interrupt" or "restart" a kernel."""
+        self.request("POST", f"kernels/{kernel_id}/{name}", max_s=RESTART_S - INTERRUPT_S)
 
     def delete(self, kernel_id: str) -> None:
         self.request("DELETE", f"kernels/{kernel_id}")
@@ -619,21 +590,20 @@ class RemoteJupyterClient:
         url = f"ws{self.base_url[4:]}/api/kernels/{kernel_id}/channels?session_id={session}"
         bundle = "ca_cert_path" if os.path.isdir(self.ca_bundle) else "ca_certs"
         # The proxy that `requests` uses; if none, a host that is never used: no environment then.
-        proxy = urlsplit(select_proxy(self.base_url, self._proxies) or "")
-        ws = websocket.WebSocket(sslopt={bundle: self.ca_bundle}, skip_utf8_validation=True)
+        via = requests.utils.select_proxy(self.base_url, self._options["proxies"]) or ""
+        proxy, auth = urlsplit(via), requests.utils.get_auth_from_url(via)
         # The protocol is asked for as a plain header: websocket-client would refuse a server that
         # knows none, and a second handshake behind a gateway costs the replay.
         headers = {**self._auth, "Sec-WebSocket-Protocol": SUBPROTOCOL}
         try:
-            ws.connect(  # type: ignore[no-untyped-call]
-                url, header=headers, redirect_limit=0, suppress_origin=True, timeout=timeout_s,
-                http_proxy_host=proxy.hostname or "-", http_proxy_port=proxy.port or 80,
-                http_proxy_auth=(unquote(proxy.username or ""), unquote(proxy.password or "")),
+            return websocket.create_connection(
+                url, timeout_s, header=headers, sslopt={bundle: self.ca_bundle}, redirect_limit=0,
+                skip_utf8_validation=True, suppress_origin=True, http_proxy_port=proxy.port or 80,
+                http_proxy_host=proxy.hostname or "-", http_proxy_auth=auth,
                 http_no_proxy=[""] if proxy.hostname else ["*"],
             )
         except (websocket.WebSocketException, OSError) as err:
             raise failure(f"The websocket to the kernel at {url}", err) from err
-        return ws
 
 
 # --- Kernel --------------------------------------------------------------------------------------
@@ -656,27 +626,26 @@ class Kernel:
     ) -> None:
         self.client, self.kernel_id = client, kernel_id
         self._on_output, self._tick = on_output, tick
-        self.client_session_id = CLIENT_PREFIX + uuid.uuid4().hex
+        self.client_session_id = f"{PROGRAM}-{secrets.token_hex(16)}"
         self.language_info: dict[str, Any] = {}
-        self.has_helper, self.lost = False, ""  # has_helper: it is IPython
-        self.ready = False  # connected, and in the state that its user expects
-        self.tainted = False  # what it had not taken when it died was taken by the kernel after it
+        # has_helper: it is IPython; ready: connected, and in the state that its user expects
+        self.has_helper, self.ready, self.lost = False, False, ""
         self._execution_count, self._made_at = 0, time.monotonic()
+        self._patience_s = STARTS_S  # with its websocket, the first time
         self._pieces = 0  # of a message that is not here as a whole
         self._ws: websocket.WebSocket | None = None
         self._binary, self._ours = False, self.client_session_id  # ours: whose output
         self._heard_at = self._asked_at = 0.0  # a message came, or was sent; REST was asked
-        self._requests: dict[str, Request] = {}
+        self.requests: dict[str, Request] = {}  # that are not done
 
     def open(self, *, again: bool = False) -> None:
-        """Connect; `again`: try for RECONNECT_S. Raises KernelDied if it is gone, ServerError."""
+        """Connect; `again`: and go on trying. Raises KernelDied if it is gone, ServerError."""
         self.close()
-        deadline = time.monotonic() + (RECONNECT_S if again else KERNEL_TIMEOUT_S)
-        names = self.kernel_id, self.client_session_id
+        deadline, self._patience_s = time.monotonic() + self._patience_s, KERNEL_TIMEOUT_S
         while self._ws is None:
+            left_s, name = max(1.0, deadline - time.monotonic()), self.client_session_id
             try:
-                left_s = max(1.0, deadline - time.monotonic())
-                self._ws = self.client.open_websocket(*names, left_s)
+                self._ws = self.client.open_websocket(self.kernel_id, name, left_s)
             except NotFound as err:
                 raise KernelDied(KERNEL_GONE) from err
             except ServerUnreachable as err:
@@ -684,41 +653,37 @@ class Kernel:
                     raise ServerUnreachable(f"{err}; what ran may go on") from err
                 self._tick()
                 time.sleep(TICK_S / 2)
-        headers = self._ws.getheaders() or {}
-        self._binary = headers.get("sec-websocket-protocol") == SUBPROTOCOL
-
-    def took_all(self) -> bool:
-        """Did it begin all requests? Those that it did not are taken by the kernel after it."""
-        return all(request.heard or request.harmless for request in self._requests.values())
+        self._binary = (self._ws.getheaders() or {}).get("sec-websocket-protocol") == SUBPROTOCOL
 
     def drop(self) -> None:
-        self.ready = False
-        if self._ws is not None:
-            self._ws.shutdown()  # type: ignore[no-untyped-call]
-            self._ws = None
+        self.ready, ws, self._ws = False, self._ws, None
+        if ws is not None:
+            ws.shutdown()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Close so that nothing is on its way: send Close, then read to the server's Close."""
         self._transmit(b"\x03\xe8", websocket.ABNF.OPCODE_CLOSE)  # 1000: normal closure
         with contextlib.suppress(KernelError):
-            self.drain(1.0)
+            while self._read(1.0):
+                pass
         self.drop()
 
     def greet(self, mark: str) -> str:
-        """Learn the kernel's language and what state it is in; install the helper if it is IPython.
+        """Connect, learn the kernel's language and state; install the helper if it is IPython.
 
         States: "fresh" (nothing ran here; from now on it is `mark`), "used" (by somebody else),
         "restoring" (begun and not finished), "restored" (and nobody was told), "ready". Output that
         other processes of our kind caused is taken for ours meanwhile: they may have ended while
-        their code goes on, and nobody else would collect it.
+        their code goes on, and nobody else would collect it. Raises what `open` and `wait` do.
         """
-        self._ours = CLIENT_PREFIX
+        self.open()
+        self._ours = PROGRAM
         request = self.send({}, "kernel_info_request")
         request.idle = request.harmless = True  # it can say so before anybody listens
         info = self.wait(request)
         self.language_info = info.get("language_info") or {}
         self.has_helper = info.get("implementation") == "ipython"
-        greeting = self._greeting(mark)
+        greeting = self.greeting(mark)
         self.wait(greeting)
         self._ours = self.client_session_id
         # other kernels tell no more than how much they ran
@@ -732,12 +697,11 @@ class Kernel:
     def send(self, content: dict[str, Any], msg_type: str = "execute_request") -> Request:
         """Send one request on the shell channel: once, whatever happens."""
         request = Request()
-        self._requests[request.msg_id] = request
+        self.requests[request.msg_id] = request
         header = {"msg_id": request.msg_id, "msg_type": msg_type, "session": self.client_session_id}
         header |= {"username": "", "date": now(), "version": "5.3"}
-        frame = encode("shell", header, content, binary=self._binary)
-        opcodes = websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY
-        self._transmit(frame, opcodes[self._binary])
+        opcode = websocket.ABNF.OPCODE_BINARY if self._binary else websocket.ABNF.OPCODE_TEXT
+        self._transmit(encode("shell", header, content, binary=self._binary), opcode)
         self._heard_at = time.monotonic()
         return request
 
@@ -751,15 +715,15 @@ class Kernel:
 
         Raises:
             KernelDied: Its state is gone. ConnectionLost: The end was missed, or it never began.
-            ServerUnreachable: The connection did not come back within RECONNECT_S.
+            ServerUnreachable: The connection did not come back within KERNEL_TIMEOUT_S.
         Source: Messaging in Jupyter, "Execution results", "Kernel status".
         """
         greeting: Request | None = None
-        while not request.done:
+        while not request.done():
             self._tick()
             if self.lost:
                 raise KernelDied(self.lost)
-            if greeting is not None and greeting.done:
+            if greeting is not None and greeting.done():
                 raise self._missed(request, greeting)
             try:
                 if not self._read(TICK_S) and self._is_stuck(request, greeting):
@@ -767,31 +731,29 @@ class Kernel:
                         greeting.reply = {"execution_count": self._execution_count}
                     elif greeting is not None:
                         raise ConnectionLost("The kernel does not answer")
-                    greeting = greeting or self._greeting(None)
-            except ConnectionLost as err:
-                log.info("%s", err)
+                    greeting = greeting or self.greeting(None)
+            except ConnectionLost:
                 self.open(again=True)
-                greeting = self._greeting(None)
+                greeting = self.greeting(None)
         reply = request.reply or {}
         self._execution_count = reply.get("execution_count") or self._execution_count
         return reply
 
-    def drain(self, wait_s: float = 0.0) -> None:
-        """Read what came between two requests. Raises what `wait` does."""
-        while self._read(wait_s):
-            pass
-
     def check(self) -> None:
-        """Before code is sent: is the kernel there? A laptop that slept has a dead websocket."""
-        self.drain()
+        """Before code is sent: read what came meanwhile; is the kernel there? A laptop that slept
+        has a dead websocket. Raises what `wait` does."""
+        while self._read(0.0):
+            pass
         if time.monotonic() - self._heard_at > TRUSTED_S:
-            greeting = self._greeting(None)
-            while not greeting.done:
+            greeting = self.greeting(None)
+            while not greeting.done():
                 if not self._read(SILENCE_S):
                     raise ConnectionLost("The kernel does not answer")
 
-    def _greeting(self, mark: str | None) -> Request:
-        request = self.execute(greeting_code(mark) if self.has_helper else "", silent=True)
+    def greeting(self, mark: str | None) -> Request:
+        """Send what tells the kernel's state, which then is `mark`; None leaves it as it is."""
+        code = INSTALL + CALL % f"hello({mark!r})" if self.has_helper else ""
+        request = self.execute(code, silent=True)
         request.harmless = True
         return request
 
@@ -807,27 +769,23 @@ class Kernel:
         except NotFound as err:
             raise KernelDied(KERNEL_GONE) from err
         except ServerError as err:  # away for the moment; and some gateways never tell
-            if isinstance(err, ServerUnreachable) and now_s - self._heard_at > RECONNECT_S:
+            if isinstance(err, ServerUnreachable) and now_s - self._heard_at > KERNEL_TIMEOUT_S:
                 raise
             return False
-        if state == "dead":
-            raise KernelDied("The kernel died and could not be restarted.")
-        hangs = state == "starting" and not request.heard
-        if hangs and now_s - self._made_at > KERNEL_TIMEOUT_S:
-            raise KernelDied("The kernel did not start in time.")
-        enough_s = LOST_S if request.heard or greeting is not None else SILENCE_S
-        waits = greeting is not None and request.heard
-        return bool(state == "idle" or (now_s - self._heard_at > enough_s and not waits))
+        hangs = not request.heard and now_s - self._made_at > KERNEL_TIMEOUT_S
+        if state == "dead" or (state == "starting" and hangs):
+            raise KernelDied("The kernel died and could not be restarted, or it hangs.")
+        # A request that was heard, with a greeting behind it, may take as long as it likes.
+        enough_s = (SILENCE_S, LOST_S, float("inf"))[request.heard + (greeting is not None)]
+        return bool(state == "idle" or now_s - self._heard_at > enough_s)
 
     def _missed(self, request: Request, greeting: Request) -> KernelError:
         """Why a request that was overtaken by a greeting will not be done."""
         count = (greeting.reply or {}).get("execution_count") or 0
-        died = greeting.answer.get("state", "ready") != "ready" or count < self._execution_count
-        ran = count > (0 if died else self._execution_count)
-        if not request.heard and (ran or greeting.answer.get("last") == request.msg_id):
-            request.heard, self.tainted = True, died
-        if died:
+        if greeting.answer.get("state", "ready") != "ready" or count < self._execution_count:
             return KernelDied("The kernel was restarted.")
+        request.heard |= count > self._execution_count
+        request.heard |= greeting.answer.get("last") == request.msg_id
         text = "the kernel had not taken the code. Call again"
         if request.heard:
             text = "the code has ended, but output is missing and whether it failed is not known"
@@ -868,17 +826,18 @@ class Kernel:
 
     def _take(self, message: Message) -> None:
         """Sort one message; nothing waits in here."""
-        parent, state = message.parent_header, message.content.get("execution_state")
-        if message.msg_type == "status" and not parent and state in ("restarting", "dead"):
+        parent, state = message["parent_header"], message["content"].get("execution_state")
+        if not parent and state in ("restarting", "dead"):
             raise KernelDied("The kernel died: it crashed, ran out of memory or was killed.")
-        if message.msg_type == "shutdown_reply":
+        if message["header"]["msg_type"] == "shutdown_reply":
             raise KernelDied("The kernel was shut down or restarted by somebody.")
-        if (request := self._requests.get(parent.get("msg_id", ""))) is not None:
+        if (request := self.requests.get(parent.get("msg_id", ""))) is not None:
             request.note(message)
-            if request.done:
-                del self._requests[request.msg_id]
+            if request.done():
+                del self.requests[request.msg_id]
         ours = (parent.get("session") or "").startswith(self._ours)
-        if ours and message.channel == "iopub":  # others' are skipped: a person may work here, too
+        # others' are skipped: a person may work here, too
+        if ours and message["channel"] == "iopub":
             self._on_output(message)
 
 
@@ -908,31 +867,27 @@ class Notebook:
         Raises:
             NotebookError: It is no notebook of format 4. ServerError: It cannot be read now.
         """
-        self._checked_at = 0.0
-        for pause_s in (0.1, 0.3, 0):  # somebody's file can be caught while it is being written
-            try:
-                text, modified = self.client.read(self.path)
-                notebook = json.loads(text)
-                cells, metadata = list(notebook.pop("cells")), dict(notebook.pop("metadata"))
-                for cell in cells:
-                    cell.setdefault("id", uuid.uuid4().hex[:12])
-                escaped = {cell["id"]: self._escape(cell) for cell in cells if cell["cell_type"]}
-                notebook["nbformat_minor"] = max(5, notebook["nbformat_minor"])
-                if notebook["nbformat"] != 4:
-                    raise ValueError(f"nbformat is {notebook['nbformat']!r}, not 4")
-                self.metadata, self._rest, self._cells = metadata, notebook, escaped
-                self._modified, self._checked_at = modified, time.monotonic()
-                return cells
-            except (NotFound, ServerUnreachable) as err:
-                if isinstance(err, ServerUnreachable):
-                    raise
-                self._checked_at = time.monotonic()
-                return None
-            except (ValueError, LookupError, TypeError, AttributeError, ServerError) as err:
-                reason = f"{self.path} on the server is not readable as a notebook ({err!r})"
-                time.sleep(pause_s)
-        hint = "is left as it is; repair, move or delete it, or use another session_id"
-        raise NotebookError(f"{reason} and {hint}")
+        try:
+            text, modified = self.client.read(self.path)
+            notebook = json.loads(text)
+            cells, metadata = list(notebook.pop("cells")), dict(notebook.pop("metadata"))
+            for cell in cells:
+                cell.setdefault("id", secrets.token_hex(6))
+            escaped = {cell["id"]: json_inside(dump(cell)) for cell in cells if cell["cell_type"]}
+            notebook["nbformat_minor"] = max(5, notebook["nbformat_minor"])
+            if notebook["nbformat"] != 4:
+                raise ValueError(f"nbformat is {notebook['nbformat']!r}, not 4")
+        except NotFound:
+            return None
+        except ServerUnreachable:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ServerError) as err:
+            reason = f"{self.path} on the server is not readable as a notebook ({err!r})"
+            hint = "is left as it is; repair, move or delete it, or use another session_id"
+            raise NotebookError(f"{reason} and {hint}") from err
+        self.metadata, self._rest, self._cells = metadata, notebook, escaped
+        self._modified = modified
+        return cells
 
     def check(self) -> None:
         """Look whether somebody else changed the file, and if so take their version."""
@@ -950,24 +905,26 @@ class Notebook:
         Raises:
             NotebookError, ServerError: Not saved now; the cell is saved with the next one.
         """
-        self._unsaved[cell["id"]] = self._escape(cell)
+        self._unsaved[cell["id"]] = json_inside(dump(cell))
         if time.monotonic() - self._checked_at > FRESH_S:
             self.check()
         self._cells |= self._unsaved
-        rest = json.dumps({"metadata": self.metadata, **self._rest}, ensure_ascii=False)
+        rest = dump({"metadata": self.metadata, **self._rest})
         start, end = json_inside('{\n"cells": [\n'), json_inside("\n],\n" + rest[1:] + "\n")
-        pieces = [start, b",\\n".join(self._cells.values()), end]
-        self._modified = self.client.write(self.path, pieces)
+        cells = b",\\n".join(self._cells.values())
+        self._modified = self.client.write(self.path, [start, cells, end])
         self._checked_at = time.monotonic()
         self._unsaved.clear()
 
-    def _escape(self, cell: dict[str, Any]) -> bytes:
-        return json_inside(json.dumps(cell, ensure_ascii=False))  # a line: indenting takes longer
+
+def dump(value: Any) -> str:
+    """JSON in one line: indenting takes longer."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def json_inside(text: str) -> bytes:
     """Text as the inside of a JSON string; what UTF-8 cannot hold becomes "?"."""
-    return json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
+    return dump(text)[1:-1].encode("utf-8", "replace")
 
 
 def source_of(cell: dict[str, Any]) -> str:
@@ -986,13 +943,10 @@ def was_run(cell: dict[str, Any]) -> bool:
 QUEUED = "waiting for the kernel"  # which somebody else keeps busy
 BUSY = """The kernel was busy with code that this server process did not start. What that printed \
 before is in {} as far as it was saved, and whether it failed is not known"""
-RATE_LIMITED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or \
-write to a file and read parts of it; or start the server with higher limits, \
---ZMQChannelsWebsocketConnection.iopub_data_rate_limit=1e10 and .iopub_msg_rate_limit=1e10"""
 STATES = {
-    "fresh": "The kernel of {} was gone: it starts empty",
-    "used": "The kernel of {} was restarted and used by somebody: no cell ran again",
-    "restored": "Another process restored {}: its cells ran again",
+    "fresh": "The kernel of session {} was gone: it starts empty",
+    "used": "The kernel of session {} was restarted and used by somebody: no cell ran again",
+    "restored": "Another process restored session {}: its cells ran again",
 }
 RESTORED = "Session {} was restored, its kernel was gone: {} cells of {} ran again in {:.1f} s; {}"
 KILLS_AGAIN = "; if its cells kill it again, edit {}, or use another session_id"
@@ -1007,28 +961,22 @@ with session_id={} and restart=True restarts the kernel and runs the session's c
 class Run:
     """One call's code on its way: waiting for its turn, running, ended. It may outlive its call."""
 
-    def __init__(self, code: str) -> None:
-        self.code = self.source = code  # source: as the notebook shows it
-        self.cell_id = uuid.uuid4().hex[:12]
+    def __init__(self, code: str, path: str) -> None:
+        self.code = code
+        self.timing: dict[str, str] = {}
+        # As the notebook shows it, but for the outputs.
+        self.cell = dict[str, Any](cell_type="code", id=secrets.token_hex(6), source=code)
+        self.cell |= {"execution_count": None, "metadata": {"execution": self.timing}}
+        self.text_path = f"{path.removesuffix('.ipynb')}-{self.cell['id']}.txt"  # of long output
         self.stage = "waiting"  # "connecting", QUEUED, "restoring", "running", "saving"
         self.request: Request | None = None
         self.outputs = Outputs()
-        self.notes: list[str] = []  # for the result only, before the output
-        self.errors: list[str] = []
-        self.execution_count: int | None = None
-        self.timing: dict[str, str] = {}
+        self.notes, self.errors = list[str](), list[str]()  # notes: for the result, before output
         self.save_at = time.monotonic() + SAVE_EVERY_S
-        self.withdrawn = self.not_run = False  # withdrawn: shall not be run
-        self.abandoned = False  # its call returned before it ended: the next call collects it
+        # withdrawn: shall not be run. abandoned: its call returned before it ended, so the next
+        # call collects it.
+        self.withdrawn = self.abandoned = self.not_run = False
         self.done: Future[None] = Future()
-        self.lock = threading.Lock()  # outputs, notes, errors: one thread writes, others read
-
-    def fail(self, text: str, error: dict[str, Any] | None = None) -> None:
-        """error: for the notebook, too, so that restoring does not run the cell again."""
-        with self.lock:
-            self.errors.append(text)
-            if error is not None:
-                self.outputs.fail(error)
 
 
 class Session:
@@ -1041,24 +989,24 @@ class Session:
     def __init__(self, owner: "Interpreter", session_id: int, *, is_new: bool) -> None:
         self.session_id, self.path = session_id, posixpath.join(owner.folder, f"{session_id}.ipynb")
         self.client, self.settings, self._owner = owner.client, owner.settings, owner
-        self.kernel: Kernel | None = None  # the last one, dead or alive
+        self.kernel = Kernel(self.client, "", self._hear, self._tick)  # the last one; "": none yet
         self._is_new, self._had_kernel = is_new, False  # new: the id was made up for this call
         self._notebook = Notebook(self.client, self.path)
+        # Of all below and what runs hold: one thread writes outputs, notes and errors, others read.
         self._changed = threading.Condition()
         self._runs: list[Run] = []  # waiting, current, or not yet collected; as the calls came
-        self.current: Run | None = None
-        self._thread: threading.Thread | None = None
+        self._works = False  # there is a thread
 
     # For callers: submit, wait for run.done, collect; or execute, which does all three.
 
     def submit(self, code: str) -> Run:
         """Queue code; returns at once. Empty code waits for what runs before it."""
-        run = Run(code)
+        run = Run(code, self.path)
         with self._changed:
             self._runs.append(run)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, daemon=True)
-                self._thread.start()
+            if not self._works:
+                self._works = True
+                threading.Thread(target=self._work, daemon=True).start()
             self._changed.notify_all()
         return run
 
@@ -1071,7 +1019,6 @@ class Session:
         timeout_s = self.settings.timeout_s if timeout_s is None else timeout_s
         run = self.submit(code)
         wait([run.done], timeout_s)
-        wait([run.done], SAVE_GRACE_S if run.stage == "saving" else 0)
         return self.collect(run, timeout_s)
 
     def collect(self, run: Run, timeout_s: float) -> Result:
@@ -1080,39 +1027,31 @@ class Session:
         texts, errors, images = list[str](), list[str](), list[tuple[str, str]]()
         with self._changed:
             run.abandoned, run.save_at = True, 0.0
-            ahead, ended = self._runs[: self._runs.index(run)], run.done.done()
+            ahead = self._runs[: self._runs.index(run)]
             behind = run.stage == "waiting" and not all(each.done.done() for each in ahead)
             run.withdrawn = behind or (run.stage == QUEUED and timeout_s > 0)
             runs = [each for each in ahead if each.abandoned and (waits or not run.withdrawn)]
             runs.append(run)
-            over = [each for each in ahead if each in runs and each.done.done()]
-            over += [run] if ended or behind else []
-            self._runs = [each for each in self._runs if each not in over]
-        for each in runs:
-            mark = "" if waits or each is run else "[from earlier code] "
-            with each.lock:
+            for each in runs:
+                mark = "" if waits or each is run else "[from earlier code] "
                 shown, pictures = render(each.outputs.take_new())
                 texts += [*each.notes, *(mark + text for text in shown)]
-                dropped = [RATE_LIMITED.format(notice) for notice in each.outputs.rate_limits[:1]]
-                errors += [mark + clean(text) for text in (*each.errors, *dropped)]
-                each.notes, each.errors, each.outputs.rate_limits = [], [], []
-            images += pictures
-        if not ended:
-            text = NOT_RUN if run.withdrawn and not waits else STILL
-            stage = (self.current or run).stage
-            errors.append(text.format(stage, timeout_s, self.session_id))
-        excess = sum(map(len, texts + errors)) - limit
-        kept = shorten(texts + errors, limit, self._cut_note(excess, runs) if excess > 0 else "")
-        result, error = kept[: len(texts)], [text for text in kept[len(texts) :] if text]
-        result = [text for text in result if text or excess <= 0]
+                errors += [mark + clean(x) for x in (*each.errors, each.outputs.lost) if x]
+                each.notes, each.errors, each.outputs.lost = [], [], ""
+                images += pictures
+            # A new list, because `current` reads the old one without the lock.
+            self._runs = [each for each in self._runs if each not in runs or not each.done.done()]
+            if not run.done.done():
+                text = NOT_RUN if run.withdrawn and not waits else STILL
+                errors += [text.format((self.current() or run).stage, timeout_s, self.session_id)]
+        kept = self._cut(texts + errors, limit, runs)
+        result = [new for old, new in zip(texts, kept, strict=False) if new or not old]
+        error = [text for text in kept[len(texts) :] if text]
         return Result(result, error, self.session_id, images[:IMAGES_SENT], run.not_run)
 
     def cancel(self, run: Run) -> None:
         """Nobody waits any more: withdraw the run, or have it interrupted. Returns at once."""
-        with self._changed:
-            run.abandoned = run.withdrawn = True
-            if run.stage == "waiting":
-                self._runs.remove(run)
+        run.abandoned = run.withdrawn = True
 
     def interrupt(self, *, restart: bool = False) -> Result:
         """Interrupt what runs, and hand back the rest of its output.
@@ -1121,16 +1060,14 @@ class Session:
             restart: If it does not stop, restart the kernel, and restore the session.
         """
         try:
-            kernel_id = self.kernel.kernel_id if self.kernel else self.client.find_kernel(self.path)
+            kernel_id = self.kernel.kernel_id or self.client.find_kernel(self.path)
             if not kernel_id:
-                text = f"Session {self.session_id} has no kernel: nothing runs"
-                return Result([text], [], self.session_id, [], False)
-            self.client.interrupt(kernel_id)
+                raise NotFound(f"Session {self.session_id} has no kernel: nothing runs")
+            self.client.command(kernel_id, "interrupt")
             run = self.submit("")  # collects what the interrupted code leaves
             if not wait([run.done], INTERRUPT_S).done and restart:
-                self.client.restart(kernel_id)
-                if self.kernel is not None:
-                    self.kernel.lost = "The kernel was restarted as asked."
+                self.client.command(kernel_id, "restart")
+                self.kernel.lost = "The kernel was restarted as asked."
                 wait([run.done], RESTART_S - INTERRUPT_S)
         except ServerError as err:
             return Result([], [str(err)], self.session_id, [], True)
@@ -1139,62 +1076,56 @@ class Session:
             outcome.error[-1] = STUBBORN.format(INTERRUPT_S, self.session_id)
         return outcome
 
+    def current(self) -> Run | None:
+        """The run that the thread takes to its end, or takes next: all before it have ended."""
+        return next((run for run in self._runs if not run.done.done()), None)
+
     def progress(self) -> str:
         """For somebody who waits: the newest line of output, or what is being done."""
-        run = self.current
+        run = self.current()
         return (run.outputs.last_line() or run.stage) if run else ""
 
-    def _cut_note(self, count: int, runs: list[Run]) -> str:
-        count += sum(run.outputs.omitted for run in runs)
-        limit = self.settings.max_output
-        long = [self._text_path(run) for run in runs if run.outputs.size() > limit]
+    def _cut(self, texts: list[str], limit: int, runs: list[Run]) -> list[str]:
+        """Texts of runs within a limit; the note in the middle tells where all of it is."""
+        excess, most = sum(map(len, texts)) - limit, self.settings.max_output
+        long = [x.text_path for x in runs if excess > 0 and x.outputs.size() > most]
         where = f"; the full text is in {' and '.join(long) or self.path} on the server"
-        return f"\n[... {count:,} characters left out{where * self._owner.keeps_notebook} ...]\n"
-
-    def _text_path(self, run: Run) -> str:
-        return f"{self.path.removesuffix('.ipynb')}-{run.cell_id}.txt"
+        where *= self._owner.keeps_notebook
+        count = excess + sum(run.outputs.omitted for run in runs)
+        return shorten(texts, limit, f"\n[... {count:,} characters left out{where} ...]\n")
 
     # What the thread does.
 
     def _work(self) -> None:
         """Until nothing comes for IDLE_S; then the websocket is closed, and the thread ends."""
-        idle = False
-        while True:
+        while not self._owner.closing:
             with self._changed:
-                self._changed.wait_for(self._next, 0 if idle else IDLE_S)
-                run = self.current = self._next()
-                if run is None and idle:
-                    self._thread = None
+                run = self._changed.wait_for(self.current, IDLE_S)
+                if run is None:  # what it reads while it closes is handed over by the next call
+                    self._runs.append(late := Run("", self.path))
+                    self.kernel.close()
+                    late.done.set_result(None)
+                    late.abandoned, self._works = True, False
                     return
-            idle = run is None
-            if run is not None:
+            if not run.withdrawn:
                 self._perform(run)
-                with self._changed:
-                    self.current = None
-                    run.done.set_result(None)
-            elif self.kernel is not None:
-                self.kernel.close()
-
-    def _next(self) -> Run | None:
-        runs = [] if self._owner.closing else self._runs
-        return next((run for run in runs if run.stage == "waiting" and not run.withdrawn), None)
+            with self._changed:
+                run.done.set_result(None)
 
     def _perform(self, run: Run) -> None:
         """Take one run to its end. Every failure becomes a part of its result, here only."""
         try:
-            for is_last in (False, True):
-                try:
-                    self._connect(run)
-                    break
-                except (KernelError, ServerUnreachable) as err:  # nothing was sent: once more
-                    if isinstance(err, KernelDied):
-                        self._forget()
-                    if is_last:
-                        raise
+            try:
+                self._connect(run)
+            except (KernelError, ServerUnreachable) as err:  # nothing was sent: once more
+                if isinstance(err, KernelDied):
+                    self._forget()
+                self._connect(run)
             with self._changed:  # from here on it counts as run
-                if run.withdrawn or not run.code.strip():
+                if run.withdrawn or self._owner.closing or not run.code.strip():
                     return
-                run.stage, run.timing["iopub.status.busy"] = "running", now()
+                run.stage = "running"
+            run.timing.update(dict.fromkeys(("iopub.status.busy", "iopub.execute_input"), now()))
             self._run_cell(run)
         except Detached:
             return self._save(run)
@@ -1213,31 +1144,36 @@ class Session:
                 text = f"Not run: {text}"
             elif not heard:  # native code that holds the GIL, or ended the kernel, says nothing
                 text += "; whether the code began is not known"
-            run.fail(text, {"ename": "KernelDied", "evalue": text} if died else None)
+            self._fail(run, text, {"ename": "KernelDied", "evalue": text} if died else None)
         if not run.not_run:
             run.stage, run.timing["shell.execute_reply"] = "saving", now()
             self._save(run)
 
+    def _fail(self, run: Run, text: str, error: dict[str, Any] | None = None) -> None:
+        """error: for the notebook, too, so that restoring does not run the cell again."""
+        with self._changed:
+            run.errors.append(text)
+            if error is not None:
+                run.outputs.fail(error)
+
     def _hear(self, message: Message) -> None:
         """An IOPub message of ours: into the output of the current run."""
-        run = self.current
+        run = self.current()
         if run is not None and run.stage != "restoring":
-            with run.lock:
-                if message.msg_type == "execute_input":
-                    run.timing["iopub.execute_input"] = now()
-                run.outputs.add(message.msg_type, message.content)
+            with self._changed:
+                run.outputs.add(message["header"]["msg_type"], message["content"])
 
     def _tick(self) -> None:
         """While the kernel is waited for: what others want of the thread that waits."""
-        run = self.current
+        run = self.current()
         if self._owner.closing:
             raise Detached
         request = run.request if run is not None and run.stage == "running" else None
         if run is not None and request is not None and request.heard:  # else it may yet not run
-            if run.withdrawn and self.kernel is not None:
+            if run.withdrawn:
                 run.withdrawn = False
                 with contextlib.suppress(ServerError):
-                    self.client.interrupt(self.kernel.kernel_id)
+                    self.client.command(self.kernel.kernel_id, "interrupt")
             if time.monotonic() > run.save_at:
                 run.save_at = time.monotonic() + SAVE_EVERY_S
                 self._save(run)
@@ -1246,9 +1182,10 @@ class Session:
         """Let go of a dead kernel. What it had not taken must not run in the kernel after it: that
         one is deleted before it is up, as soon as the server has begun it (until then it says 500).
         """
-        if (kernel := self.kernel) is not None and kernel.kernel_id:
+        if (kernel := self.kernel).kernel_id:
             kernel.lost = kernel.lost or KERNEL_GONE
-            for _ in range(30 if kernel.tainted or not kernel.took_all() else 0):
+            took_all = all(each.heard or each.harmless for each in kernel.requests.values())
+            for _ in range(0 if took_all else 30):
                 with contextlib.suppress(ServerError):
                     with contextlib.suppress(NotFound):  # somebody was faster
                         self.client.delete(kernel.kernel_id)
@@ -1261,27 +1198,24 @@ class Session:
         """Make sure of a live kernel that has the session's state."""
         run.stage = "connecting"
         try:
-            if self.kernel is not None and self.kernel.ready and not self.kernel.lost:
+            if self.kernel.ready and not self.kernel.lost:
                 return self.kernel.check()
-        except KernelError as err:
-            log.info("Session %d: %s", self.session_id, err)
+        except KernelError:
             self.client.drop_connections()
-        name, cells, run.notes = f"session {self.session_id}", None, []
+        cells, run.notes = None, []
         with contextlib.suppress(NotebookError):  # `_save` reports it, after the code has run
             cells = self._notebook.load() if self._owner.keeps_notebook else []
             if cells is None and not self._is_new and not self._had_kernel:
-                run.notes.append(f"{name.capitalize()} is new: there was no {self.path}")
+                run.notes.append(f"Session {self.session_id} is new: there was no {self.path}")
         model = self._find_kernel()
-        if self.kernel is None or self.kernel.kernel_id != model["id"] or self.kernel.lost:
+        if self.kernel.kernel_id != model["id"] or self.kernel.lost:
             self._forget()
             self.kernel = Kernel(self.client, model["id"], self._hear, self._tick)
         run.stage = QUEUED if model.get("execution_state") == "busy" else run.stage
         mark = "restoring" if cells and self.settings.restore else "ready"
-        self.kernel.open()
         state = self.kernel.greet(mark)
         if state == "restoring" and cells:  # it was cut short: once more, from nothing
-            self.client.restart(model["id"])
-            self.kernel.open()
+            self.client.command(model["id"], "restart")
             state = self.kernel.greet(mark)
         spec = self._owner.specs.get(model["name"], {}).get("spec", {})
         names = {key: spec.get(key, "") for key in ("display_name", "language")}
@@ -1289,97 +1223,85 @@ class Session:
         self._notebook.metadata.setdefault("kernelspec", {**names, "name": model["name"]})
         self._notebook.metadata.setdefault("language_info", self.kernel.language_info)
         if state == "fresh" and cells and self.settings.restore:
-            self._restore(run, self.kernel, cells)
+            self._restore(run, cells)
         elif state == "ready" and run.stage == QUEUED:
             run.notes.append(BUSY.format(self.path))
         elif state in STATES and (cells or self._had_kernel):
-            run.notes.append(STATES[state].format(name))
+            run.notes.append(STATES[state].format(self.session_id))
         self.kernel.ready = self._had_kernel = True
 
     def _find_kernel(self) -> dict[str, Any]:
         """The model of this session's kernel: the last one, else the notebook's, else a new one."""
         model: dict[str, Any] = {}
-        if self.kernel and self.kernel.kernel_id:  # a bare gateway gives a path's kernel once
+        if self.kernel.kernel_id:  # a bare gateway gives a path's kernel once
             with contextlib.suppress(NotFound):
                 model = self.client.kernel(self.kernel.kernel_id)
         if not model:
             wanted = self._notebook.metadata.get("kernelspec", {}).get("name")
             name = wanted if wanted in self._owner.specs else self.settings.kernel_name
-            again = self.kernel is not None and not self._owner.keeps_notebook
-            path = f"{self.path}-{uuid.uuid4().hex}" if again else self.path
+            again = self._had_kernel and not self._owner.keeps_notebook
+            path = f"{self.path}-{secrets.token_hex(16)}" if again else self.path
             model = self.client.open_session(path, name)
-        hangs = self.kernel is not None and self.kernel.kernel_id == model["id"]  # tried in vain
-        if model.get("execution_state") in (("dead", "starting") if hangs else ("dead",)):
-            self.client.restart(model["id"])
+        hangs = "starting" if self.kernel.kernel_id == model["id"] else ""  # it was tried in vain
+        if model.get("execution_state") in ("dead", hangs):
+            self.client.command(model["id"], "restart")
         return model
 
-    def _restore(self, run: Run, kernel: Kernel, cells: list[dict[str, Any]]) -> None:
+    def _restore(self, run: Run, cells: list[dict[str, Any]]) -> None:
         """Run a notebook's cells again. All are sent at once: so the kernel goes on to the last one
         even if this process is killed meanwhile, and whoever comes next waits behind it."""
-        run.stage, started = "restoring", time.monotonic()
-        again = [(number, cell) for number, cell in enumerate(cells, 1) if was_run(cell)]
-        requests = [self._send(kernel, source_of(cell), ask=False) for _, cell in again]
-        end = kernel.execute(helper_code("restored()") if kernel.has_helper else "", silent=True)
-        failed = [
-            str(number) for (number, _), request in zip(again, requests, strict=True)
-            if kernel.wait(request).get("status") != "ok" or request.answer.get("error")
-        ]
+        run.stage, started, kernel = "restoring", time.monotonic(), self.kernel
+        again = {n: source_of(cell) for n, cell in enumerate(cells, 1) if was_run(cell)}
+        requests = {n: self._send(source, ask=False) for n, source in again.items()}
+        end = kernel.execute(CALL % 'hello("restored")' if kernel.has_helper else "", silent=True)
+        replies = {n: kernel.wait(request) for n, request in requests.items()}
         kernel.wait(end)
-        kernel.greet("ready")  # else whoever comes next would tell of it again
-        took, count = time.monotonic() - started, len(again)
+        kernel.wait(kernel.greeting("ready"))  # else whoever comes next would tell of it again
+        failed = [str(n) for n, reply in replies.items() if reply.get("status") != "ok"]
         failures = f"failed: cells {', '.join(failed)}" if failed else "none failed"
-        run.notes.append(RESTORED.format(self.session_id, count, self.path, took, failures))
+        told = self.session_id, len(again), self.path, time.monotonic() - started, failures
+        run.notes.append(RESTORED.format(*told))
 
-    @staticmethod
-    def _send(kernel: Kernel, code: str, *, ask: bool) -> Request:
+    def _send(self, code: str, *, ask: bool) -> Request:
         """Send a cell as itself; or to the helper a script, or what that shall decide if asked."""
-        settled = settle(code) if kernel.has_helper else ("python", code)
+        settled = settle(code) if self.kernel.has_helper else ("python", code)
         language, text = settled or ("bash" if ask else "python", code)
         if language == "python":
-            return kernel.execute(code)
-        return kernel.execute(helper_code(f"run({text!a}, {not settled})"), store_history=False)
+            return self.kernel.execute(code)
+        return self.kernel.execute(CALL % f"run({text!a}, {not settled})", store_history=False)
 
     def _run_cell(self, run: Run) -> None:
         kernel = self.kernel
-        assert kernel is not None
         if kernel.has_helper and settle(run.code) is None:
-            run.source = f"%%bash\n{run.code}"  # unless the helper says otherwise, at once
-        run.request = self._send(kernel, run.code, ask=True)
+            run.cell["source"] = f"%%bash\n{run.code}"  # unless the helper says otherwise, at once
+        run.request = self._send(run.code, ask=True)
         if self._owner.keeps_notebook:  # the kernel works meanwhile, so this look costs no time
             with contextlib.suppress(NotebookError, ServerError):
                 self._notebook.check()
         reply, answer = kernel.wait(run.request), run.request.answer
         if "cell" in answer:
-            run.source = answer["cell"]
-            run.request = kernel.execute(run.source)
+            run.cell["source"] = answer["cell"]
+            run.request = kernel.execute(answer["cell"])
             reply, answer = kernel.wait(run.request), {}
-        run.execution_count = None if "error" in answer else reply.get("execution_count")
-        if answer.get("error"):
-            run.fail(answer["error"], {"ename": "CommandFailed", "evalue": answer["error"]})
-        elif reply.get("status") != "ok":
-            run.fail(item_text(error_output(reply)), reply)
+        run.cell["execution_count"] = None if "error" in answer else reply.get("execution_count")
+        if reply.get("status") != "ok":
+            self._fail(run, item_text(error_output(reply)), reply)
 
     def _save(self, run: Run) -> None:
         """The cell into the notebook; while it runs, with what there is."""
         if not self._owner.keeps_notebook or run.request is None:
             return
-        with run.lock:
+        with self._changed:
             items = run.outputs.items() + run.outputs.error
         texts, limit = [clean(item_text(item)) for item in items], self.settings.max_output
-        excess = sum(map(len, texts)) - limit
-        if excess > 0:
-            shown = min(limit, NOTEBOOK_TEXT)
-            note = self._cut_note(excess + limit - shown, [run])
-            items = brief(items, shorten(texts, shown, note))
-        cell: dict[str, Any] = {"cell_type": "code", "id": run.cell_id, "source": run.source}
-        cell |= {"execution_count": run.execution_count, "outputs": items}
         try:
-            if excess > 0:
-                self.client.write(self._text_path(run), [json_inside("".join(texts))])
-            self._notebook.save({**cell, "metadata": {"execution": run.timing}})
+            if sum(map(len, texts)) > limit:
+                items = brief(items, self._cut(texts, min(limit, NOTEBOOK_TEXT), [run]))
+                self.client.write(run.text_path, [json_inside("".join(texts))])
+            self._notebook.save({**run.cell, "outputs": items})
         except (NotebookError, ServerError) as err:
             if run.stage == "saving":
-                run.fail(f"The cell is not saved: {err}. The next call tries again")
+                self._fail(run, f"The cell is not saved: {err}. The next call tries again")
 
 
 class Interpreter:
@@ -1394,50 +1316,37 @@ class Interpreter:
         self.specs: dict[str, Any] = client.kernelspecs()["kernelspecs"]
         self.closing = False
         self._sessions: dict[int, Session] = {}
-        self._lock = threading.Lock()
         name, folder = self.settings.kernel_name, self.settings.folder
         if name and name not in self.specs:
-            names = ", ".join(sorted(self.specs))
-            raise ConfigError(f"No kernel {name!r}; --kernel-name can be one of: {names}")
+            raise ConfigError(f"No kernel {name!r}; there are: {', '.join(sorted(self.specs))}")
         self.keeps_notebook = client.modified("") is not None
         path = posixpath.normpath(self._below_root(folder) if folder.startswith("/") else folder)
         self.folder = "" if path == "." else path
         if ".." in path.split("/"):
             raise ConfigError(f"The notebooks folder {folder!r} is not below the server's root")
-        try:
-            client.make_folder(self.folder if self.keeps_notebook else "")
-        except ServerError as err:
-            if isinstance(err, ServerUnreachable):
-                raise
-            raise ConfigError(f"No notebooks folder {folder!r} ({err}); choose another") from err
+        client.make_folder(self.folder if self.keeps_notebook else "")
 
     def session(self, session_id: int = 0) -> Session:
         """Session N, or for 0 a new one with a random 10-digit id. Nothing is sent yet."""
-        with self._lock:
-            number = session_id or 10**9 + secrets.randbelow(9 * 10**9)
-            if number not in self._sessions:
-                self._sessions[number] = Session(self, number, is_new=not session_id)
-            return self._sessions[number]
+        number = session_id or 10**9 + secrets.randbelow(9 * 10**9)
+        # atomic: of two callers one makes it
+        return self._sessions.setdefault(number, Session(self, number, is_new=not session_id))
 
     def close(self) -> None:
         """Let go of all sessions; what runs goes on in the kernels."""
         self.closing = True
-        running = [session.current for session in list(self._sessions.values())]
-        wait([run.done for run in running if run is not None], EXIT_S)
+        running = [session.current() for session in list(self._sessions.values())]
+        wait([run.done for run in running if run is not None and run.request is not None], EXIT_S)
 
     def _below_root(self, folder: str) -> str:
         """An absolute folder, relative to the server's root. Only a kernel knows where that is."""
-        body = {"path": "", "name": self.settings.kernel_name or None}
-        kernel_id = self.client.request("POST", "kernels", body)["id"]
+        kernel_id = self.client.open_session(f"{PROGRAM}.ipynb", self.settings.kernel_name)["id"]
         kernel = Kernel(self.client, kernel_id, lambda message: None)
         try:
-            kernel.open()
             kernel.greet("ready")
-            request = kernel.execute(helper_code(f"relative({folder!a})"), silent=True)
+            request = kernel.execute(CALL % f"relative({folder!a})", silent=True)
             kernel.wait(request)
             return str(request.answer.get("folder", ".."))
-        except KernelError as err:
-            raise ConfigError(f"Where is {folder!r}? ({err}) Give it relative to the root") from err
         finally:
             kernel.drop()
             self.client.delete(kernel_id)
@@ -1448,23 +1357,29 @@ class Interpreter:
 HELPER_VERSION = 1  # raised with each change of HELPER: a newer helper replaces an older one
 
 # Lives in the kernel as a module of its own, so nothing of it is in the user's namespace; runs on
-# the kernel's Python, 3.6 or later. Its answers travel in the execute_reply's payload, which no
+# the kernel's Python, 3.8 or later. Its answers travel in the execute_reply's payload, which no
 # other client sees. What commands print goes out as stream messages, whatever became of sys.stdout.
+# PREFIX: what may stand before a script's first word: comments, > file, NAME=value, opening
+# brackets. NOTE: at its end the shell notes where it is and what it exports, with nothing but
+# builtins. A newer helper takes `state` and `last` over: it is executed in the older one's module.
+# A child in the background may hold the pipe open for ever: what it prints after the call is sent
+# by a thread, and comes with the next one. Output gathers for 0.05 s: the server takes 1,000
+# messages a second, and less when it replays them.
 HELPER = r'''
-import ast, builtins, codecs, contextlib, keyword, os, re, selectors, shlex, shutil, signal
-import subprocess, sys, tempfile, threading, time, warnings
+import ast, builtins, codecs, contextlib, keyword, os, re, select, shlex, shutil, signal
+import subprocess, sys, tempfile, time, warnings
+from threading import Thread  # now: the user may replace it
 from IPython import get_ipython
-INSTALLER = re.compile(r"^(pip|conda|mamba|uv)(?=[ \t]+-{0,2}[a-z])", re.M)
-# What may stand before a script's first word: comments, > file, NAME=value, opening brackets.
 PREFIX = re.compile(r"""(?:\s+|\#[^\n]*|[;&|(]|>>?[ \t]*[\w./~-]+(?=\s+\S)|\{(?=\s)|[A-Za-z_]\w*\+?=
     (?:\([^()]*\)|'[^']*'|"(?:\\.|[^"\\])*"|\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`|\\.
     |[^\s;&|<>()'"`\\])*(?=[\s;&|]|\Z))*""", re.X)
 PYTHON_ONLY = {"", "print", *keyword.kwlist} - {"for", "if", "while"}  # as first words
+LOUD = ("FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR")
 QUIET = dict(TERM="dumb", NO_COLOR="1", PAGER="cat", GIT_PAGER="cat", MANPAGER="cat", EDITOR="true",
     VISUAL="true", GIT_EDITOR="true", GIT_TERMINAL_PROMPT="0")
-# At its end the shell notes where it is and what it exports, with nothing but builtins.
 NOTE = ('{ status=$?; set +eux; } 2>/dev/null; { printf "%s\\0" "$PWD"; compgen -e | '
     'while IFS= read -r n; do printf "%s=%s\\0" "$n" "${!n-}"; done; } 2>/dev/null >| ')
+state, last = globals().get("state"), globals().get("last")
 def answer(**fields):
     get_ipython().payload_manager.write_payload(dict(fields, source=__name__))
 def hello(mark):
@@ -1473,71 +1388,58 @@ def hello(mark):
     answer(state=before, last=last)
     if mark:
         state = mark if before in ("fresh", "restoring") else "ready"
-def restored():
-    global state
-    state = "restored"
 def relative(folder):
     answer(folder=os.path.relpath(os.path.realpath(folder), os.path.realpath(os.getcwd())))
 def as_python(code, runs):  # the cell to run as Python, or None: it is bash
     shell, tree = get_ipython(), None
-    def magic(match):
-        found = match[1] not in shell.user_ns and shell.find_line_magic(match[1])
-        return "%" * bool(found) + match[1]
-    for cell in (INSTALLER.sub(magic, code), code):
+    names = {"pip", "conda", "mamba", "uv"} - {*shell.user_ns}
+    magics = "|".join(filter(shell.find_line_magic, names)) or "(?!)"  # or what matches nothing
+    for cell in (re.sub(r"(?m)^(?=(%s)[ \t]+-{0,2}[a-z])" % magics, "%", code), code):
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             escaped = cell.lstrip()[:1] in "/,;"
             text = cell if escaped else shell.input_transformer_manager.transform_cell(cell)
-            flags = ast.PyCF_ONLY_AST | getattr(ast, "PyCF_ALLOW_TOP_LEVEL_AWAIT", 0)
-            tree = compile(text, "<cell>", "exec", flags, True)
+            tree = ast.parse(text)
             if not re.search("^%", text, re.M):  # else a line within a string was taken for one
                 break
-    if tree is None:
-        rest = code[PREFIX.match(code).end():]
-        runs_always = re.match(r"[$>]|[\w.:-]+[ \t]*\([ \t]*\)", rest)  # $x, > file, a function
-        word = ":" if runs_always else re.match(r"[^\s;|&<>()]*", rest)[0]
-        python = word in PYTHON_ONLY or re.match(r"\S+[ \t]+=", rest)
-    else:
-        match = re.match(r"(?:\s|#.*\n)*([A-Za-z_]\w*)(?=[\s;|&<>]|\Z)", code)
-        word = match and match[1]
-        python = cell != code or not word or not isinstance(tree.body[0], ast.Expr)
-        python = python or word in {*keyword.kwlist, *vars(builtins), *shell.user_ns}
+    rest = code[PREFIX.match(code).end():]
+    runs_always = re.match(r"[$>]|[\w.:-]+[ \t]*\([ \t]*\)", rest)  # $x, > file, a function
+    word = ":" if runs_always else re.match(r"[^\s;|&<>()]*", rest)[0]
+    python = word in PYTHON_ONLY or re.match(r"\S+[ \t]+=", rest)
+    if tree is not None:  # then bash only if it begins with an expression's name, and that unknown
+        python = python or cell != code or not isinstance(tree.body[0], ast.Expr)
+        python = python or not word.isidentifier() or word in {*vars(builtins), *shell.user_ns}
     return cell if python or not runs(word) else None
 def environment():
-    loud = ("FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR")
-    env = {name: value for name, value in os.environ.items() if name not in loud}
+    env = {name: value for name, value in os.environ.items() if name not in LOUD}
     here, path = os.path.dirname(sys.executable), env.get("PATH", os.defpath)
     if here not in path.split(os.pathsep):  # so that python and pip are the kernel's own
         path = here + os.pathsep + path
     return dict(env, PATH=path, **QUIET)
 def run(code, ask):  # ask: if it is Python, answer with the cell instead
     global last
-    kernel = get_ipython().kernel
-    parent = kernel.get_parent("shell") if hasattr(kernel, "get_parent") else kernel._parent_header
+    shell, bash, env = get_ipython(), shutil.which("bash"), environment()
+    session, socket, parent = shell.kernel.session, shell.kernel.iopub_socket, shell.get_parent()
     last = parent["header"]["msg_id"]
-    bash, env, null = shutil.which("bash"), environment(), subprocess.DEVNULL
     script = code.replace("\r\n", "\n").replace("\0", "").encode("utf-8", "replace")
     def runs(word):  # can bash parse the script and run this word?
         test = [bash, "-c", '"$BASH" -n && type -- "$1"', "", os.path.expanduser(word.strip("\"'"))]
-        options = dict(env=env, input=script, stdout=null, stderr=null)
-        return bash and subprocess.run(test, **options).returncode == 0
+        done = bash and subprocess.run(test, env=env, input=script, capture_output=True)
+        return done and done.returncode == 0
     def send(text):
-        stream = dict(name="stdout", text=text)
-        kernel.session.send(kernel.iopub_socket, "stream", stream, parent, b"stream.stdout")
+        session.send(socket, "stream", {"name": "stdout", "text": text}, parent, b"stream.stdout")
     cell = as_python(code, runs) if ask else None
     if cell is not None:
-        answer(cell=cell)
-    elif not bash:
-        answer(error="There is no bash on the machine where the kernel runs: use Python")
-    else:
-        with tempfile.NamedTemporaryFile(buffering=0) as file:  # the script, later the shell's note
-            file.write(script)
-            status = execute(bash, env, shlex.quote(file.name), send)
-            with contextlib.suppress(OSError, ValueError):
-                file.seek(0)
-                hand_over(env, os.fsdecode(file.read()))
-        answer(error=meaning(status))
-def execute(bash, env, path, send):  # to its end; the status, None if it was interrupted
+        return answer(cell=cell)
+    if not bash:
+        return answer(error="There is no bash on the machine where the kernel runs: use Python")
+    with tempfile.NamedTemporaryFile(buffering=0) as file:  # the script, later the shell's note
+        file.write(script)
+        answer(error=execute(bash, env, shlex.quote(file.name), send))
+        file.seek(0)
+        with contextlib.suppress(OSError, ValueError):  # it was killed, or its folder is gone
+            hand_over(env, os.fsdecode(file.read()))
+def execute(bash, env, path, send):  # to its end; the error, "" if all is well
     try:
         os.getcwd()
     except OSError:
@@ -1545,115 +1447,89 @@ def execute(bash, env, path, send):  # to its end; the status, None if it was in
         send("[the working directory was deleted; now in %s]\n" % os.getcwd())
     note = NOTE + path  # by a trap, too: the script may `exit`, or set a trap of its own
     command = 'trap %s EXIT; eval "$(<%s)"; %s; exit "$status"' % (shlex.quote(note), path, note)
-    process = subprocess.Popen([bash, "-c", command, "bash"], env=env, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen([bash, "-c", command, "bash"], bufsize=0, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
-        end = pump(process.stdout, send, lambda: process.poll() is None)
+        pump(process.stdout, send, lambda: process.poll() is None)
         status = process.wait()
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGKILL):  # as Ctrl-C does, then for certain
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(1)
-        end, status = pump(process.stdout, send, lambda: False), None
-    if end:
-        process.stdout.close()
-    else:  # a child in the background: what it prints comes with the next call
-        late = (process.stdout, send, lambda: True)
-        threading.Thread(target=pump, args=late, daemon=True).start()
-    return status
+        pump(process.stdout, send, lambda: False)
+        return "KeyboardInterrupt: the command was stopped, with its children"
+    finally:  # a child in the background may hold the pipe open
+        late = lambda: (pump(process.stdout, send, lambda: True), process.stdout.close())
+        Thread(target=late, daemon=True).start()
+    number = -status if status < 0 else status - 128
+    with contextlib.suppress(ValueError):  # it is not the number of a signal
+        return f"Command was killed by {signal.Signals(number).name} (exit status {128 + number})"
+    return "Command exited with status %d" % status if status else ""
 def pump(pipe, send, running):  # until its end, or until nothing is there and bash has ended
     decode, held, due = codecs.getincrementaldecoder("utf-8")("replace").decode, "", 0
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while True:
-            alive = running()
-            ready = selector.select(0.05 if alive else 0)
-            data = os.read(pipe.fileno(), 65536) if ready else b""
-            done = not data and bool(ready or not alive)
-            held += decode(data, done)
-            if held and (not data or len(held) > 200000 or time.monotonic() > due):
-                send(held)
-                held, due = "", time.monotonic() + 0.05  # the server takes 1,000 messages a s
-            if done:
-                return bool(ready)
+    poll, done = select.poll(), False
+    poll.register(pipe)
+    while not done:
+        alive = running()
+        ready = poll.poll(50 if alive else 0)
+        data = pipe.read(65536) if ready else b""
+        done = not data and bool(ready or not alive)
+        held += decode(data, done)
+        if held and (not data or len(held) > 200000 or time.monotonic() > due):
+            send(held)
+            held, due = "", time.monotonic() + 0.05
 def hand_over(before, note):  # the working directory of the shell and the exports it changed
     folder, *pairs = note.split("\0")[:-1]
-    exports = dict(pair.split("=", 1) for pair in pairs)
-    for name in {*before, *exports} - {"_", "SHLVL"}:
-        if name not in exports:
-            os.environ.pop(name, None)
-        elif exports[name] != before.get(name):
-            os.environ[name] = exports[name]
+    after = dict(pair.split("=", 1) for pair in pairs if not re.match("(_|SHLVL)=", pair))
+    for name in before.keys() - after - {"_", "SHLVL"}:
+        os.environ.pop(name, None)
+    os.environ.update(after.items() - before.items())
     os.chdir(folder)
-def meaning(status):  # "" if all is well
-    if status is None:
-        return "KeyboardInterrupt: the command was stopped, with its children"
-    number = -status if status < 0 else status - 128
-    if number in [each.value for each in signal.Signals]:
-        name = signal.Signals(number).name
-        return "Command was killed by %s (exit status %d)" % (name, 128 + number)
-    return "Command exited with status %d" % status if status else ""
 '''
 
 # Statements and `import` only: names like `exec` may be variables of the user here.
 CALL = f"try:\n    import {HELPER_NAME}\n    {HELPER_NAME}.%s\nfinally:\n    del {HELPER_NAME}\n"
 INSTALL = f"""class {HELPER_NAME}:
     import builtins, sys, types
-    old = sys.modules.get({HELPER_NAME!r})
-    if old is None or old.version < {HELPER_VERSION}:
-        new = types.ModuleType({HELPER_NAME!r})
-        new.version, new.state, new.last = {HELPER_VERSION}, old and old.state, old and old.last
-        builtins.exec(builtins.compile({HELPER!r}, {HELPER_NAME!r}, "exec"), new.__dict__)
-        sys.modules[{HELPER_NAME!r}] = new
+    module = sys.modules.setdefault({HELPER_NAME!r}, types.ModuleType({HELPER_NAME!r}))
+    if module.__dict__.get("version", 0) < {HELPER_VERSION}:
+        builtins.exec(builtins.compile({HELPER!r}, {HELPER_NAME!r}, "exec"), module.__dict__)
+        module.version = {HELPER_VERSION}
 """
-
-
-def helper_code(call: str) -> str:
-    """Code that calls a function of the helper."""
-    return CALL % call
-
-
-def greeting_code(mark: str | None) -> str:
-    """Code that installs the helper if it is missing or older; it tells the kernel's state."""
-    return INSTALL + helper_code(f"hello({mark!r})")
 
 
 # --- Tools ---------------------------------------------------------------------------------------
 
 
-class CodeResult(TypedDict):  # no docstring: it would be sent with each list of tools
-    result: list[str]
-    error: list[str]
-    session_id: int
-
-
-class Stdin(io.FileIO):
-    """Standard input that remembers its end. At the end the SDK cancels the running handlers as if
-    somebody had pressed stop; but a client that went away leaves its code running."""
-
-    ended = False
-
-    def readinto(self, buffer: Any) -> int:
-        count = super().readinto(buffer) or 0
-        self.ended = self.ended or count == 0
-        return count
-
-
-def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
-    """The MCP server with its tools, for the SDK's 1.x and 2.x alike."""
+def serve(interpreter: Interpreter) -> None:
+    """Serve MCP on stdin and stdout until stdin ends; with the SDK's 1.x and 2.x alike."""
     from inspect import getdoc
 
     from mcp.types import CallToolResult
-    from pydantic import Field
+    from pydantic import Field, create_model
 
+    class Stdin(io.FileIO):
+        """At its end the SDK cancels the running handlers as if somebody had pressed stop; but a
+        client that went away leaves its code running: a closing interpreter stops nothing."""
+
+        def readinto(self, buffer: Any) -> int:
+            count = super().readinto(buffer) or 0
+            interpreter.closing = count == 0
+            return count
+
+    # a duplicate, or SDK 2.x would read past this object
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(Stdin(os.dup(0))), "utf-8", "replace")
     modern = importlib.util.find_spec("mcp.server.mcpserver") is not None
     sdk: Any = importlib.import_module("mcp.server.mcpserver" if modern else "mcp.server.fastmcp")
     server = (sdk.MCPServer if modern else sdk.FastMCP)(PROGRAM, log_level="WARNING")
     (server._lowlevel_server if modern else server._mcp_server).version = __version__
+    # what `Result.as_dict` returns; no docstring: it would be sent with each list of tools
+    fields: Any = {"result": (list[str], ...), "error": (list[str], ...), "session_id": (int, ...)}
+    code_result = create_model("CodeResult", **fields)
 
     def tool_result(outcome: Result) -> CallToolResult:
-        content = [{"type": "text", "text": json.dumps(outcome.as_dict(), ensure_ascii=False)}]
+        content = [{"type": "text", "text": dump(outcome.as_dict())}]
         content += [{"type": "image", "mimeType": m, "data": data} for m, data in outcome.images]
         whole = {"structuredContent": outcome.as_dict(), "isError": outcome.not_run}
         return CallToolResult.model_validate({"content": content, **whole})
@@ -1669,10 +1545,9 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
     # The docstrings of the tools are what the model reads.
 
     async def execute_code(
-        code: str, ctx: sdk.Context,
-        session_id: Annotated[int, Field(ge=0, le=MAX_SESSION_ID)] = 0,
+        code: str, ctx: sdk.Context, session_id: Annotated[int, Field(ge=0, le=MAX_SESSION_ID)] = 0,
         timeout: Annotated[float, Field(ge=0)] | None = None,
-    ) -> Annotated[CallToolResult, CodeResult]:
+    ) -> Annotated[CallToolResult, code_result]:
         """Run Python or bash on the remote Jupyter server; nothing runs on this machine.
 
         State lasts: pass the returned session_id to keep variables, imports, working directory and
@@ -1693,17 +1568,15 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
         future = asyncio.wrap_future(run.done)
         try:
             await wait_for(session, future, timeout_s, ctx)
-            await asyncio.wait([future], timeout=SAVE_GRACE_S if run.stage == "saving" else 0)
         except asyncio.CancelledError:
-            if not stdin.ended:
-                session.cancel(run)
+            session.cancel(run)
             raise
         return tool_result(session.collect(run, timeout_s))
 
     async def interrupt_execution(
         session_id: Annotated[int, Field(ge=1, le=MAX_SESSION_ID)], ctx: sdk.Context,
         restart: bool = False,
-    ) -> Annotated[CallToolResult, CodeResult]:
+    ) -> Annotated[CallToolResult, code_result]:
         """Stop what runs in a session and return the rest of its output; variables stay.
 
         If the code ignores that, restart=True restarts the kernel and runs the session's cells
@@ -1716,33 +1589,24 @@ def make_server(interpreter: Interpreter, stdin: Stdin) -> Any:
 
     for tool in (execute_code, interrupt_execution):
         server.add_tool(tool, description=getdoc(tool))
-    return server
-
-
-def serve(interpreter: Interpreter) -> None:
-    """Serve MCP on stdin and stdout until stdin ends."""
-    stdin = Stdin(os.dup(0))  # a duplicate, or SDK 2.x would read past this object
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(stdin), encoding="utf-8", errors="replace")
-    make_server(interpreter, stdin).run("stdio")
+    server.run("stdio")
 
 
 # --- Command line --------------------------------------------------------------------------------
 
 
-def read_env_file(path: str = ".env") -> dict[str, str]:
-    """NAME=value lines of a file; quotes around a value and `export` before a name may be there."""
+def read_env_file() -> dict[str, str]:
+    """NAME=value lines of .env; quotes around a value and `export` before a name may be there."""
     line = r"""^\s*(?:export\s+)?(\w+)\s*=\s*(?:'([^'\n]*)'|"([^"\n]*)"|([^\n]*?))\s*?(?:\s#.*)?$"""
-    readable = os.path.isfile(path) and os.access(path, os.R_OK)
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace") if readable else ""
-    return {m[1]: m[2] or m[3] or m[4] or "" for m in re.finditer(line, text, re.M)}
+    with contextlib.suppress(OSError), open(".env", encoding="utf-8-sig", errors="replace") as file:
+        return {m[1]: m[2] or m[3] or m[4] or "" for m in re.finditer(line, file.read(), re.M)}
+    return {}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; what is not given comes from the environment, then from .env."""
-    about = "MCP server: Python and bash on a remote Jupyter server, over stdio."
-    names = "JUPYTER_BASE_URL, JUPYTER_TOKEN, NOTEBOOKS_FOLDER, JUPYTER_INTERPRETER_TIMEOUT, ..."
-    more = f"Defaults come from environment variables, and theirs from .env: {names}"
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=about, epilog=more)
+    more = "Defaults: environment variables (JUPYTER_BASE_URL, JUPYTER_INTERPRETER_TIMEOUT), .env"
+    parser = argparse.ArgumentParser(PROGRAM, None, __doc__.partition("\n")[0], more)
     add = parser.add_argument
     add("--jupyter-base-url", metavar="URL", help="the server: http(s)://HOST[:PORT][/PATH]")
     add("--jupyter-token", metavar="TOKEN", default="", help="its token")
@@ -1777,36 +1641,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # output is its URL, when it listens.
 LOCAL_SERVER = """import os, sys, threading
 from jupyter_server.serverapp import ServerApp
-def listening():
-    print(app.connection_url, flush=True)
-    os.dup2(2, 1)  # nobody reads the pipe any more
 app = ServerApp.instance()
-app.initialize(sys.argv[1:])
+app.initialize(["--ip=127.0.0.1", "--port=0", "--allow-root", "--log-level=ERROR", *sys.argv[1:]])
 threading.Thread(target=lambda: (sys.stdin.read(), app.stop()), daemon=True).start()
-app.io_loop.add_callback(listening)
+app.io_loop.add_callback(print, app.connection_url, flush=True)
+app.io_loop.add_callback(os.dup2, 2, 1)  # nobody reads the pipe any more
 app.start()"""
 
 
-@contextlib.contextmanager
-def local_server(folder: str) -> Iterator[tuple[str, str]]:
-    """A Jupyter server on loopback with a random token; its URL and token. Stopped at the end."""
+def local_server(folder: str, stack: contextlib.ExitStack) -> tuple[str, str]:
+    """A Jupyter server on loopback with a random token; its URL and token. It ends with `stack`."""
     if not all(map(importlib.util.find_spec, ("jupyter_server", "ipykernel"))):
         raise ConfigError("--local needs jupyter-server and ipykernel: install the extra `local`")
     if not os.path.isdir(folder):
         raise ConfigError(f"--local: {folder!r} is not a folder")
-    token, limit = secrets.token_hex(24), "--ZMQChannelsWebsocketConnection.iopub_{}_rate_limit=0"
-    flags = ["--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root", "--log-level=ERROR"]
-    flags += [f"--ServerApp.root_dir={Path(folder).resolve()}", *map(limit.format, ("data", "msg"))]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runtime:
-        folders = dict.fromkeys(("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"), runtime)
-        env, pipe = {**os.environ, "JUPYTER_TOKEN": token, **folders}, subprocess.PIPE
-        command = [sys.executable, "-c", LOCAL_SERVER, *flags]
-        said = None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, env=env) as process:
-            # at the end of this the pipe closes, and the server is waited for
-            if process.stdout is None or not (url := process.stdout.readline().decode().strip()):
-                raise ConfigError("The local Jupyter server did not start; --verbose shows why")
-            yield url, token
+    token, root = secrets.token_hex(24), f"--ServerApp.root_dir={os.path.realpath(folder)}"
+    limits = [f"--ZMQChannelsWebsocketConnection.iopub_{x}_rate_limit=0" for x in ("data", "msg")]
+    temp = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+    env = dict(os.environ, JUPYTER_TOKEN=token, JUPYTER_RUNTIME_DIR=temp, JUPYTER_CONFIG_DIR=temp)
+    command, pipe = [sys.executable, "-c", LOCAL_SERVER, root, *limits], subprocess.PIPE
+    said = None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
+    # when `stack` ends, its input closes, and it is waited for
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, env=env)
+    if (out := stack.enter_context(process).stdout) and (url := out.readline().decode().strip()):
+        return url, token
+    raise ConfigError("The local Jupyter server did not start; --verbose shows why")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1823,19 +1682,20 @@ def main(argv: list[str] | None = None) -> int:
     load_sdk = threading.Thread(target=importlib.import_module, args=("mcp.server.stdio",))
     if args.execute is None:  # importing takes longer than the checks: side by side
         load_sdk.start()
-    settings = Settings(
-        args.notebooks_folder, args.kernel_name, args.timeout, args.max_output, not args.no_restore
-    )
+    folder, kernel = args.notebooks_folder, args.kernel_name
+    settings = Settings(folder, kernel, args.timeout, args.max_output, not args.no_restore)
     url, token, stack = args.jupyter_base_url, args.jupyter_token, contextlib.ExitStack()
 
     def leave(number: int, _: Any) -> None:  # without waiting for the thread that reads stdin
         stack.close()
         os._exit(128 + number)
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
     try:
         with stack:
             if args.local is not None:
-                url, token = stack.enter_context(local_server(args.local))
+                url, token = local_server(args.local, stack)
             client = RemoteJupyterClient(url, token, ca_bundle=args.ca_bundle)
             if token and url[:5] == "http:" and not re.match(r"localhost$|127\.|::1$", client.host):
                 log.warning("The token travels unencrypted to %s; use https", client.host)
@@ -1845,19 +1705,14 @@ def main(argv: list[str] | None = None) -> int:
                 log.warning("%s has no contents API: sessions leave no notebook", client.base_url)
             if args.execute is None:
                 load_sdk.join()
-                signal.signal(signal.SIGINT, leave)
-                signal.signal(signal.SIGTERM, leave)
                 serve(interpreter)
                 return 0
             code = sys.stdin.read() if args.execute == "-" else args.execute
             outcome = interpreter.session(args.session_id).execute(code)
-            print(json.dumps(outcome.as_dict(), ensure_ascii=False), flush=True)
+            print(dump(outcome.as_dict()), flush=True)
             return 1 if outcome.error else 0
     except InterpreterError as err:
-        print(f"{PROGRAM}: {err}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        sys.exit(f"{PROGRAM}: {err}")
 
 
 if __name__ == "__main__":

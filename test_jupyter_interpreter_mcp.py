@@ -3165,7 +3165,7 @@ def test_a_connection_that_does_not_come_back_is_given_up_with_a_clear_error(
     network: Network, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
     """With 2 s of trying instead of 60, so that the test need not wait."""
-    code = "import jupyter_interpreter_mcp as m; m.RECONNECT_S = 2.0; raise SystemExit(m.main())"
+    code = "import jupyter_interpreter_mcp as m; m.KERNEL_TIMEOUT_S = 2.0; raise SystemExit(m.main())"
     client = clients(url=network.url, command=[sys.executable, "-c", code])
     far = Trial(client, tmp_path)
     first = heard(network, b"first")
@@ -3606,6 +3606,26 @@ def test_output_of_a_background_thread_comes_with_the_next_calls(trial: Trial) -
     assert len(collected) <= 2 and "next" in collected[-1]
     assert "from the thread" not in text_of(trial.client.run("1", trial.session_id))
     trial.survived()
+
+
+@pytest.mark.faults
+def test_output_that_comes_while_an_unused_connection_is_open_is_not_lost_when_it_closes(
+    server: JupyterServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jim, "IDLE_S", 0.5)
+    session = jim.Interpreter(jim.RemoteJupyterClient(server.url, server.token)).session()
+    gate = tmp_path / "gate"
+    body = (
+        "import pathlib, threading, time\n"
+        f"def later():\n    while not pathlib.Path({str(gate)!r}).exists():\n        time.sleep(0.01)\n"
+        "    print('from the thread', flush=True)\n"
+        "threading.Thread(target=later).start()\nprint('cell')"
+    )
+    assert session.execute(body).result == ["cell"]
+    gate.touch()
+    eventually(lambda: not session._works)
+    after = session.execute("6 * 7").result
+    assert "from the thread" in after[0] and after[1:] == ["42"]
 
 
 # --- Nothing lost: the MCP server ----------------------------------------------------------------
