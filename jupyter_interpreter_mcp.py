@@ -1117,7 +1117,7 @@ class Session:
         try:
             try:
                 self._connect(run)
-            except (KernelError, ServerUnreachable) as err:  # nothing was sent: once more
+            except (KernelError, ServerError) as err:  # nothing was sent: once more
                 if isinstance(err, KernelDied):
                     self._forget()
                 self._connect(run)
