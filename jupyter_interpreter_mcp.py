@@ -3,8 +3,8 @@
 
 A session is a notebook on the Jupyter server, bound to a kernel there: the agent works in it
 through one tool, a person can open the notebook in JupyterLab and go on in the same kernel. Nothing
-runs on the machine of the MCP server. It does not serve HTTP, cull kernels, start containers or
-resize pictures; the README names what does.
+runs on the machine of the MCP server, but with --local. It does not serve HTTP, cull kernels, start
+containers or resize pictures; the README names what does.
 
 The file reads from top to bottom:
 
@@ -14,7 +14,7 @@ The file reads from top to bottom:
     Jupyter server      REST
     Kernel              one kernel over one websocket
     Notebook            one session's file
-    Session             one cell after the other; restoring, time, interrupting
+    Session             one cell after the other; restoring, time, interrupting; all sessions
     Bash                the helper inside the kernel
     Tools               the MCP side, the one place where threads and asyncio meet
     Command line        flags, variables, .env, --local, --execute
@@ -39,7 +39,7 @@ wire protocols" (jupyter-server.readthedocs.io, websocket-protocols.html), the s
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["mcp>=1.23,<3", "requests>=2.31,<3", "websocket-client>=1.7,<2"]
+# dependencies = ["mcp>=1.23,<3", "requests>=2.31,<3", "websocket-client>=1.9.1,<2"]
 # ///
 import argparse
 import ast
@@ -95,8 +95,8 @@ RESTART_S = 14.5  # the same for an interrupt and a restart together
 EXIT_S = 2.0  # for saving at exit; MCP clients kill a server that takes longer
 
 TEXT_KEPT = 15_000_000  # characters of one cell's text that are kept, then
-NOTEBOOK_TEXT = 10_000  # characters of a longer output that the notebook shows
 TAIL_KEPT = 1_000_000  # characters of the end of it
+NOTEBOOK_TEXT = 10_000  # characters of an output over --max-output that the notebook shows
 DATA_KEPT = 64_000_000  # characters of pictures and other rich output of one cell
 ITEM_COST = 1_000  # what one more output costs, however short it is
 IMAGES_SENT = 10  # pictures in one result
@@ -151,10 +151,6 @@ class KernelDied(KernelError):
 
 class ConnectionLost(KernelError, ConnectionError):
     """The websocket broke, or lost the request that we wait for."""
-
-
-class Detached(Exception):
-    """Not an error: this process ends and leaves the code running."""
 
 
 class Settings(NamedTuple):
@@ -252,7 +248,7 @@ def clean(text: str) -> str:
 
 def overwrite(text: str) -> str:
     r"""The final state of lines rewritten with "\r"; one at the very end waits for what follows."""
-    return re.sub(r"^.*\r(?=[^\r\n])|\r+(?=\n)", "", text, flags=re.M) if "\r" in text else text
+    return re.sub(r"(?m)^.*\r(?=[^\r\n])|(?<!\r)\r+(?=\n)", "", text) if "\r" in text else text
 
 
 def shorten(texts: list[str], limit: int, note: str) -> list[str]:
@@ -325,8 +321,8 @@ class Outputs:
         self.error = [error_output(content)]
 
     def size(self) -> int:
-        """Characters of all text that is kept."""
-        return sum(len(clean(item_text(item))) for item in self.items() + self.error)
+        """Characters of all text that is kept, as it came."""
+        return sum(len(item_text(item)) for item in self.items() + self.error)
 
     def last_line(self) -> str:
         """The newest line of text, for progress notifications."""
@@ -395,20 +391,20 @@ def brief(items: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]
     return [stream_output("stdout", *texts), *rest]
 
 
-def render(items: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, str]]]:
-    """What a person sees below the cell, in order, as strings; and its pictures."""
-    texts, images = list[str](), list[tuple[str, str]]()
+def render(items: list[dict[str, Any]], most: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """What a person sees below the cell, in order, as strings; and at most so many pictures."""
+    texts, images = list[list[str]](), list[tuple[str, str]]()
     for before, item in zip([{}, *items], items, strict=False):
-        texts += [] if "text" in before and "text" in item else [""]  # streams are joined
-        texts[-1] += clean(item_text(item))
+        texts += [] if "text" in before and "text" in item else [[]]  # streams are joined
+        texts[-1].append(clean(item_text(item)))
         for mime in [mime for mime in IMAGE_TYPES if mime in item.get("data", ())][:1]:
             data = "".join("".join(item["data"][mime]).split())
             size = len(data) * 3 // 4
-            sent = size <= IMAGE_BYTES and len(images) < IMAGES_SENT
+            sent = size <= IMAGE_BYTES and len(images) < most
             images += [(mime, data)] if sent else []
-            most = f"only {IMAGES_SENT} pictures of {IMAGE_BYTES:,} bytes are sent"
-            texts[-1] += "" if sent else f"\n[{mime}, {size:,} bytes, is in the notebook: {most}]"
-    return [text.removesuffix("\n") for text in texts], images
+            why = f"only {IMAGES_SENT} pictures of {IMAGE_BYTES:,} bytes are sent"
+            texts[-1] += [] if sent else [f"\n[{mime}, {size:,} bytes, is in the notebook: {why}]"]
+    return ["".join(parts).removesuffix("\n") for parts in texts], images
 
 
 def settle(code: str) -> tuple[str, str] | None:
@@ -426,7 +422,7 @@ def settle(code: str) -> tuple[str, str] | None:
         tree = ast.parse(code)  # top-level `await` is left to the kernel
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    word = re.match(r"(?:\s|#.*\n)*([A-Za-z_]\w*)(?=[\s;|&<>]|\Z)", code)  # as in the helper
+    word = re.match(r"(?:\s|#.*\n)*(?!(?:await|not|None)\b)[A-Za-z_]\w*(?=[\s;|&<>]|\Z)", code)
     installs = re.search(r"(?m)^(pip|conda|mamba|uv)[ \t]+-{0,2}[a-z]", code)
     return None if installs or (word and isinstance(tree.body[0], ast.Expr)) else ("python", code)
 
@@ -436,11 +432,11 @@ def settle(code: str) -> tuple[str, str] | None:
 NO_JUPYTER = "this is not a Jupyter server, or the URL lacks a path; check --jupyter-base-url"
 # What stands in the cause of a failure, what kind of error that is, and the cure.
 FAILURES: tuple[tuple[str, type[ServerError], str], ...] = (
+    (r"^status (400|403|500).* PUT ", ServerError, "; can it write there? See --notebooks-folder"),
     (r"^(Handshake )?status 40[13]", ServerRefused, "; check the token and its rights"),
     (r"^status 404.*/kernelspecs$", NotFound, f"; {NO_JUPYTER}"),
     (r"^(Handshake )?status 404", NotFound, ""),
     (r"^status 500.* POST \S+/sessions$", ServerError, "; the kernel did not start"),
-    (r"^status [45].* PUT ", ServerError, "; can it write there? See --notebooks-folder"),
     (r"^status 3.* to \S*/hub/", ServerError, "; start this server in the hub, or check its name"),
     (r"^status 3.* to \S*login", ServerError, "; check the token and the path of the URL"),
     (r"^status 3", ServerError, "; give the final URL as --jupyter-base-url"),
@@ -466,7 +462,7 @@ def failure(what: str, cause: Any) -> ServerError:
 
 
 class RemoteJupyterClient:
-    """A Jupyter server over HTTP. Holds the token; nothing else in this file does.
+    """A Jupyter server over HTTP. The one object that keeps the token.
 
     Args:
         base_url: http(s) URL, with a path if the server has one (https://hub/user/NAME/).
@@ -480,7 +476,8 @@ class RemoteJupyterClient:
     def __init__(self, base_url: str, token: str = "", *, ca_bundle: str | None = None) -> None:
         pattern = r"https?://(\[[0-9a-fA-F:.]+\]|[^][\s/:?#@]+)(:\d+)?(/[^\s?#]*)?"
         if (match := re.fullmatch(pattern, base_url)) is None:
-            shown = "" if re.search(r"[@?]", base_url) else f" {base_url!r}"
+            # neither a password nor a token, which can have been mistaken for the URL
+            shown = f" {base_url!r}" if re.fullmatch(r"[^@?]*[:/.][^@?]*", base_url) else ""
             raise ConfigError(f"Not a server's URL{shown}: give http(s)://HOST[:PORT][/PATH]")
         self.base_url, self.host = base_url.rstrip("/"), match[1].strip("[]")
         if not re.fullmatch(r"[!-~]*", token):
@@ -552,12 +549,12 @@ class RemoteJupyterClient:
         """A kernel's model; NotFound if there is no such kernel."""
         return dict(self.request("GET", f"kernels/{kernel_id}", max_s=5.0))
 
-    def command(self, kernel_id: str, name: str) -> None:
-        """Have the server "interrupt" or "restart" a kernel."""
-        self.request("POST", f"kernels/{kernel_id}/{name}", max_s=RESTART_S - INTERRUPT_S)
+    def command(self, kernel_id: str, name: str, max_s: float = 5.0) -> None:
+        """Have the server "interrupt" or "restart" a kernel; the latter ends when it is up."""
+        self.request("POST", f"kernels/{kernel_id}/{name}", max_s=max_s)
 
     def delete(self, kernel_id: str) -> None:
-        self.request("DELETE", f"kernels/{kernel_id}")
+        self.request("DELETE", f"kernels/{kernel_id}", max_s=10.0)
 
     def modified(self, path: str) -> str | None:
         """When a file was last changed, in the server's notation; None without the file."""
@@ -610,7 +607,7 @@ class RemoteJupyterClient:
 
 
 class Kernel:
-    """One kernel over one websocket, which carries the channels shell, iopub, stdin and control.
+    """One kernel over one websocket, of whose channels shell and iopub are used.
 
     One thread uses it; but any thread may write to `lost` why the kernel's state is gone. The
     websocket comes and goes. client_session_id stays, so the server replays what was said between.
@@ -632,10 +629,11 @@ class Kernel:
         self.has_helper, self.ready, self.lost = False, False, ""
         self._execution_count, self._made_at = 0, time.monotonic()
         self._patience_s = STARTS_S  # with its websocket, the first time
-        self._pieces = 0  # of a message that is not here as a whole
         self._ws: websocket.WebSocket | None = None
-        self._binary, self._ours = False, self.client_session_id  # ours: whose output
-        self._heard_at = self._asked_at = 0.0  # a message came, or was sent; REST was asked
+        self._binary = False
+        self._ours = self.client_session_id  # begins the client session ids whose output is ours
+        # heard: a message came, or was sent; asked: over REST; pieces: of a message in parts
+        self._heard_at, self._asked_at, self._pieces = 0.0, 0.0, 0
         self.requests: dict[str, Request] = {}  # that are not done
 
     def open(self, *, again: bool = False) -> None:
@@ -733,6 +731,7 @@ class Kernel:
                         raise ConnectionLost("The kernel does not answer")
                     greeting = greeting or self.greeting(None)
             except ConnectionLost:
+                time.sleep(TICK_S / 2)  # a proxy may answer, and break the connection at once
                 self.open(again=True)
                 greeting = self.greeting(None)
         reply = request.reply or {}
@@ -741,7 +740,7 @@ class Kernel:
 
     def check(self) -> None:
         """Before code is sent: read what came meanwhile; is the kernel there? A laptop that slept
-        has a dead websocket. Raises what `wait` does."""
+        has a dead websocket. Raises ConnectionLost, KernelDied."""
         while self._read(0.0):
             pass
         if time.monotonic() - self._heard_at > TRUSTED_S:
@@ -775,7 +774,7 @@ class Kernel:
         hangs = not request.heard and now_s - self._made_at > KERNEL_TIMEOUT_S
         if state == "dead" or (state == "starting" and hangs):
             raise KernelDied("The kernel died and could not be restarted, or it hangs.")
-        # A request that was heard, with a greeting behind it, may take as long as it likes.
+        # Neither heard nor asked for: 2 s; one of them: 10 s; both: as long as it likes.
         enough_s = (SILENCE_S, LOST_S, float("inf"))[request.heard + (greeting is not None)]
         return bool(state == "idle" or now_s - self._heard_at > enough_s)
 
@@ -784,8 +783,8 @@ class Kernel:
         count = (greeting.reply or {}).get("execution_count") or 0
         if greeting.answer.get("state", "ready") != "ready" or count < self._execution_count:
             return KernelDied("The kernel was restarted.")
-        request.heard |= count > self._execution_count
-        request.heard |= greeting.answer.get("last") == request.msg_id
+        last = greeting.answer.get("last")
+        request.heard |= count > self._execution_count or last == request.msg_id
         text = "the kernel had not taken the code. Call again"
         if request.heard:
             text = "the code has ended, but output is missing and whether it failed is not known"
@@ -835,9 +834,8 @@ class Kernel:
             request.note(message)
             if request.done():
                 del self.requests[request.msg_id]
-        ours = (parent.get("session") or "").startswith(self._ours)
         # others' are skipped: a person may work here, too
-        if ours and message["channel"] == "iopub":
+        if message["channel"] == "iopub" and (parent.get("session") or "").startswith(self._ours):
             self._on_output(message)
 
 
@@ -857,7 +855,7 @@ class Notebook:
         self.metadata: dict[str, Any] = {}
         self._rest: dict[str, Any] = {"nbformat": 4, "nbformat_minor": 5}
         self._cells: dict[str, bytes] = {}  # by id, in order
-        self._unsaved: dict[str, bytes] = {}
+        self.unsaved: dict[str, bytes] = {}
         self._modified: str | None = None
         self._checked_at = 0.0  # when nobody else had changed the file
 
@@ -867,27 +865,29 @@ class Notebook:
         Raises:
             NotebookError: It is no notebook of format 4. ServerError: It cannot be read now.
         """
-        try:
-            text, modified = self.client.read(self.path)
-            notebook = json.loads(text)
-            cells, metadata = list(notebook.pop("cells")), dict(notebook.pop("metadata"))
-            for cell in cells:
-                cell.setdefault("id", secrets.token_hex(6))
-            escaped = {cell["id"]: json_inside(dump(cell)) for cell in cells if cell["cell_type"]}
-            notebook["nbformat_minor"] = max(5, notebook["nbformat_minor"])
-            if notebook["nbformat"] != 4:
-                raise ValueError(f"nbformat is {notebook['nbformat']!r}, not 4")
-        except NotFound:
-            return None
-        except ServerUnreachable:
-            raise
-        except (ValueError, LookupError, TypeError, AttributeError, ServerError) as err:
-            reason = f"{self.path} on the server is not readable as a notebook ({err!r})"
-            hint = "is left as it is; repair, move or delete it, or use another session_id"
-            raise NotebookError(f"{reason} and {hint}") from err
-        self.metadata, self._rest, self._cells = metadata, notebook, escaped
-        self._modified = modified
-        return cells
+        for pause_s in (0.2, 0):  # somebody's file can be caught while it is being written
+            try:
+                text, modified = self.client.read(self.path)
+                notebook, kept = json.loads(text), dict[str, bytes]()
+                cells, metadata = list(notebook.pop("cells")), dict(notebook.pop("metadata"))
+                for cell in cells:
+                    name = cell["cell_type"] and cell.setdefault("id", secrets.token_hex(6))
+                    kept[secrets.token_hex(6) if name in kept else name] = json_inside(dump(cell))
+                notebook["nbformat_minor"] = max(5, notebook["nbformat_minor"])
+                if notebook["nbformat"] != 4:
+                    raise ValueError(f"nbformat is {notebook['nbformat']!r}, not 4")
+                self.metadata, self._rest, self._cells = metadata, notebook, kept
+                self._modified = modified
+                return cells
+            except NotFound:
+                return None
+            except (ValueError, LookupError, TypeError, AttributeError, ServerError) as err:
+                if isinstance(err, ServerUnreachable) or "status 50" in str(err):
+                    raise  # it cannot be read now
+                reason = f"{self.path} on the server is not readable as a notebook ({err!r})"
+                time.sleep(pause_s)
+        hint = "is left as it is; repair, move or delete it, or use another session_id"
+        raise NotebookError(f"{reason} and {hint}")
 
     def check(self) -> None:
         """Look whether somebody else changed the file, and if so take their version."""
@@ -905,16 +905,16 @@ class Notebook:
         Raises:
             NotebookError, ServerError: Not saved now; the cell is saved with the next one.
         """
-        self._unsaved[cell["id"]] = json_inside(dump(cell))
+        self.unsaved[cell["id"]] = json_inside(dump(cell))
         if time.monotonic() - self._checked_at > FRESH_S:
             self.check()
-        self._cells |= self._unsaved
+        self._cells |= self.unsaved
         rest = dump({"metadata": self.metadata, **self._rest})
         start, end = json_inside('{\n"cells": [\n'), json_inside("\n],\n" + rest[1:] + "\n")
         cells = b",\\n".join(self._cells.values())
         self._modified = self.client.write(self.path, [start, cells, end])
         self._checked_at = time.monotonic()
-        self._unsaved.clear()
+        self.unsaved.clear()
 
 
 def dump(value: Any) -> str:
@@ -941,8 +941,8 @@ def was_run(cell: dict[str, Any]) -> bool:
 # --- Session -------------------------------------------------------------------------------------
 
 QUEUED = "waiting for the kernel"  # which somebody else keeps busy
-BUSY = """The kernel was busy with code that this server process did not start. What that printed \
-before is in {} as far as it was saved, and whether it failed is not known"""
+BUSY = """The kernel was busy with code that this server process does not follow. What it \
+printed before is in {} as far as it was saved, and whether it failed is not known"""
 STATES = {
     "fresh": "The kernel of session {} was gone: it starts empty",
     "used": "The kernel of session {} was restarted and used by somebody: no cell ran again",
@@ -973,8 +973,8 @@ class Run:
         self.outputs = Outputs()
         self.notes, self.errors = list[str](), list[str]()  # notes: for the result, before output
         self.save_at = time.monotonic() + SAVE_EVERY_S
-        # withdrawn: shall not be run. abandoned: its call returned before it ended, so the next
-        # call collects it.
+        # withdrawn: nobody wants it, so it is not run, or interrupted if it runs. abandoned: its
+        # call returned before it ended, so the next call collects it.
         self.withdrawn = self.abandoned = self.not_run = False
         self.done: Future[None] = Future()
 
@@ -992,7 +992,7 @@ class Session:
         self.kernel = Kernel(self.client, "", self._hear, self._tick)  # the last one; "": none yet
         self._is_new, self._had_kernel = is_new, False  # new: the id was made up for this call
         self._notebook = Notebook(self.client, self.path)
-        # Of all below and what runs hold: one thread writes outputs, notes and errors, others read.
+        # Guards what is below, and the outputs and errors of each run.
         self._changed = threading.Condition()
         self._runs: list[Run] = []  # waiting, current, or not yet collected; as the calls came
         self._works = False  # there is a thread
@@ -1005,8 +1005,8 @@ class Session:
         with self._changed:
             self._runs.append(run)
             if not self._works:
-                self._works = True
                 threading.Thread(target=self._work, daemon=True).start()
+                self._works = True
             self._changed.notify_all()
         return run
 
@@ -1034,7 +1034,7 @@ class Session:
             runs.append(run)
             for each in runs:
                 mark = "" if waits or each is run else "[from earlier code] "
-                shown, pictures = render(each.outputs.take_new())
+                shown, pictures = render(each.outputs.take_new(), IMAGES_SENT - len(images))
                 texts += [*each.notes, *(mark + text for text in shown)]
                 errors += [mark + clean(x) for x in (*each.errors, each.outputs.lost) if x]
                 each.notes, each.errors, each.outputs.lost = [], [], ""
@@ -1047,7 +1047,7 @@ class Session:
         kept = self._cut(texts + errors, limit, runs)
         result = [new for old, new in zip(texts, kept, strict=False) if new or not old]
         error = [text for text in kept[len(texts) :] if text]
-        return Result(result, error, self.session_id, images[:IMAGES_SENT], run.not_run)
+        return Result(result, error, self.session_id, images, run.not_run)
 
     def cancel(self, run: Run) -> None:
         """Nobody waits any more: withdraw the run, or have it interrupted. Returns at once."""
@@ -1059,19 +1059,20 @@ class Session:
         Args:
             restart: If it does not stop, restart the kernel, and restore the session.
         """
+        due = time.monotonic() + RESTART_S
         try:
             kernel_id = self.kernel.kernel_id or self.client.find_kernel(self.path)
             if not kernel_id:
                 raise NotFound(f"Session {self.session_id} has no kernel: nothing runs")
             self.client.command(kernel_id, "interrupt")
             run = self.submit("")  # collects what the interrupted code leaves
-            if not wait([run.done], INTERRUPT_S).done and restart:
-                self.client.command(kernel_id, "restart")
+            if not wait([run.done], INTERRUPT_S).done and restart and not self._owner.closing:
+                self.client.command(kernel_id, "restart", RESTART_S - INTERRUPT_S)
                 self.kernel.lost = "The kernel was restarted as asked."
-                wait([run.done], RESTART_S - INTERRUPT_S)
+                wait([run.done], due - time.monotonic())
         except ServerError as err:
             return Result([], [str(err)], self.session_id, [], True)
-        outcome = self.collect(run, INTERRUPT_S)
+        outcome = self.collect(run, RESTART_S if restart else INTERRUPT_S)
         if not restart and not run.done.done():
             outcome.error[-1] = STUBBORN.format(INTERRUPT_S, self.session_id)
         return outcome
@@ -1080,17 +1081,12 @@ class Session:
         """The run that the thread takes to its end, or takes next: all before it have ended."""
         return next((run for run in self._runs if not run.done.done()), None)
 
-    def progress(self) -> str:
-        """For somebody who waits: the newest line of output, or what is being done."""
-        run = self.current()
-        return (run.outputs.last_line() or run.stage) if run else ""
-
     def _cut(self, texts: list[str], limit: int, runs: list[Run]) -> list[str]:
         """Texts of runs within a limit; the note in the middle tells where all of it is."""
         excess, most = sum(map(len, texts)) - limit, self.settings.max_output
         long = [x.text_path for x in runs if excess > 0 and x.outputs.size() > most]
         where = f"; the full text is in {' and '.join(long) or self.path} on the server"
-        where *= self._owner.keeps_notebook
+        where *= self._owner.keeps_notebook  # else nothing is kept
         count = excess + sum(run.outputs.omitted for run in runs)
         return shorten(texts, limit, f"\n[... {count:,} characters left out{where} ...]\n")
 
@@ -1100,17 +1096,22 @@ class Session:
         """Until nothing comes for IDLE_S; then the websocket is closed, and the thread ends."""
         while not self._owner.closing:
             with self._changed:
-                run = self._changed.wait_for(self.current, IDLE_S)
-                if run is None:  # what it reads while it closes is handed over by the next call
-                    self._runs.append(late := Run("", self.path))
+                idle = not self._changed.wait_for(self.current, IDLE_S)
+                run = self.current() or Run("", self.path)
+                self._runs += [run] if idle else []
+            with contextlib.suppress(Exception):  # a defect of ours must not wedge the session
+                if idle:  # what it reads while it closes is handed over by the next call
+                    run.abandoned = True
                     self.kernel.close()
-                    late.done.set_result(None)
-                    late.abandoned, self._works = True, False
-                    return
-            if not run.withdrawn:
-                self._perform(run)
+                elif not run.withdrawn:
+                    self._perform(run)
             with self._changed:
                 run.done.set_result(None)
+                self._works = not idle or self.current() is not None
+                if not self._works:
+                    if not self._notebook.unsaved:  # it is read again anyway: let go of its cells
+                        self._notebook = Notebook(self.client, self.path)
+                    return
 
     def _perform(self, run: Run) -> None:
         """Take one run to its end. Every failure becomes a part of its result, here only."""
@@ -1127,7 +1128,7 @@ class Session:
                 run.stage = "running"
             run.timing.update(dict.fromkeys(("iopub.status.busy", "iopub.execute_input"), now()))
             self._run_cell(run)
-        except Detached:
+        except SystemExit:
             return self._save(run)
         except Exception as err:  # a defect of ours, too, must not wedge the session
             text, died = str(err) or repr(err), isinstance(err, KernelDied)
@@ -1140,10 +1141,9 @@ class Session:
                 log.exception("Session %d", self.session_id)
             heard = run.request is not None and run.request.heard
             run.not_run = run.request is None or (isinstance(err, ConnectionLost) and not heard)
-            if run.not_run:
-                text = f"Not run: {text}"
-            elif not heard:  # native code that holds the GIL, or ended the kernel, says nothing
-                text += "; whether the code began is not known"
+            # native code that holds the GIL, or ends the kernel, can run without a word
+            text += "" if heard or run.not_run else "; whether the code began is not known"
+            text = f"Not run: {text}" if run.not_run else text
             self._fail(run, text, {"ename": "KernelDied", "evalue": text} if died else None)
         if not run.not_run:
             run.stage, run.timing["shell.execute_reply"] = "saving", now()
@@ -1158,22 +1158,20 @@ class Session:
 
     def _hear(self, message: Message) -> None:
         """An IOPub message of ours: into the output of the current run."""
-        run = self.current()
-        if run is not None and run.stage != "restoring":
+        if (run := self.current()) and run.stage != "restoring":
             with self._changed:
                 run.outputs.add(message["header"]["msg_type"], message["content"])
 
     def _tick(self) -> None:
         """While the kernel is waited for: what others want of the thread that waits."""
-        run = self.current()
         if self._owner.closing:
-            raise Detached
-        request = run.request if run is not None and run.stage == "running" else None
-        if run is not None and request is not None and request.heard:  # else it may yet not run
+            raise SystemExit  # this process ends, and leaves the code running
+        run = self.current()  # if its request is not heard it may yet not run
+        if run and run.stage == "running" and run.request and run.request.heard:
             if run.withdrawn:
-                run.withdrawn = False
                 with contextlib.suppress(ServerError):
                     self.client.command(self.kernel.kernel_id, "interrupt")
+                    run.withdrawn = False
             if time.monotonic() > run.save_at:
                 run.save_at = time.monotonic() + SAVE_EVERY_S
                 self._save(run)
@@ -1185,7 +1183,8 @@ class Session:
         if (kernel := self.kernel).kernel_id:
             kernel.lost = kernel.lost or KERNEL_GONE
             took_all = all(each.heard or each.harmless for each in kernel.requests.values())
-            for _ in range(0 if took_all else 30):
+            until = time.monotonic() + (0 if took_all else 3.0)
+            while time.monotonic() < until:
                 with contextlib.suppress(ServerError):
                     with contextlib.suppress(NotFound):  # somebody was faster
                         self.client.delete(kernel.kernel_id)
@@ -1200,7 +1199,7 @@ class Session:
         try:
             if self.kernel.ready and not self.kernel.lost:
                 return self.kernel.check()
-        except KernelError:
+        except ConnectionLost:
             self.client.drop_connections()
         cells, run.notes = None, []
         with contextlib.suppress(NotebookError):  # `_save` reports it, after the code has run
@@ -1215,7 +1214,7 @@ class Session:
         mark = "restoring" if cells and self.settings.restore else "ready"
         state = self.kernel.greet(mark)
         if state == "restoring" and cells:  # it was cut short: once more, from nothing
-            self.client.command(model["id"], "restart")
+            self.client.command(model["id"], "restart", KERNEL_TIMEOUT_S)
             state = self.kernel.greet(mark)
         spec = self._owner.specs.get(model["name"], {}).get("spec", {})
         names = {key: spec.get(key, "") for key in ("display_name", "language")}
@@ -1239,12 +1238,12 @@ class Session:
         if not model:
             wanted = self._notebook.metadata.get("kernelspec", {}).get("name")
             name = wanted if wanted in self._owner.specs else self.settings.kernel_name
-            again = self._had_kernel and not self._owner.keeps_notebook
+            again = (self._had_kernel or self.kernel.lost) and not self._owner.keeps_notebook
             path = f"{self.path}-{secrets.token_hex(16)}" if again else self.path
             model = self.client.open_session(path, name)
         hangs = "starting" if self.kernel.kernel_id == model["id"] else ""  # it was tried in vain
         if model.get("execution_state") in ("dead", hangs):
-            self.client.command(model["id"], "restart")
+            self.client.command(model["id"], "restart", KERNEL_TIMEOUT_S)
         return model
 
     def _restore(self, run: Run, cells: list[dict[str, Any]]) -> None:
@@ -1252,37 +1251,36 @@ class Session:
         even if this process is killed meanwhile, and whoever comes next waits behind it."""
         run.stage, started, kernel = "restoring", time.monotonic(), self.kernel
         again = {n: source_of(cell) for n, cell in enumerate(cells, 1) if was_run(cell)}
-        requests = {n: self._send(source, ask=False) for n, source in again.items()}
+        requests = {n: self._send(source, ask=False)[0] for n, source in again.items()}
         end = kernel.execute(CALL % 'hello("restored")' if kernel.has_helper else "", silent=True)
         replies = {n: kernel.wait(request) for n, request in requests.items()}
         kernel.wait(end)
         kernel.wait(kernel.greeting("ready"))  # else whoever comes next would tell of it again
         failed = [str(n) for n, reply in replies.items() if reply.get("status") != "ok"]
         failures = f"failed: cells {', '.join(failed)}" if failed else "none failed"
-        told = self.session_id, len(again), self.path, time.monotonic() - started, failures
-        run.notes.append(RESTORED.format(*told))
+        took = time.monotonic() - started
+        run.notes.append(RESTORED.format(self.session_id, len(again), self.path, took, failures))
 
-    def _send(self, code: str, *, ask: bool) -> Request:
-        """Send a cell as itself; or to the helper a script, or what that shall decide if asked."""
+    def _send(self, code: str, *, ask: bool) -> tuple[Request, str]:
+        """Send a cell as itself; or to the helper a script, or what that shall decide if asked.
+        With what the notebook shows, unless the helper says otherwise, at once."""
         settled = settle(code) if self.kernel.has_helper else ("python", code)
         language, text = settled or ("bash" if ask else "python", code)
         if language == "python":
-            return self.kernel.execute(code)
-        return self.kernel.execute(CALL % f"run({text!a}, {not settled})", store_history=False)
+            return self.kernel.execute(code), code
+        call, shown = CALL % f"run({text!a}, {not settled})", code if settled else f"%%bash\n{code}"
+        return self.kernel.execute(call, store_history=False), shown
 
     def _run_cell(self, run: Run) -> None:
-        kernel = self.kernel
-        if kernel.has_helper and settle(run.code) is None:
-            run.cell["source"] = f"%%bash\n{run.code}"  # unless the helper says otherwise, at once
-        run.request = self._send(run.code, ask=True)
+        run.request, run.cell["source"] = self._send(run.code, ask=True)
         if self._owner.keeps_notebook:  # the kernel works meanwhile, so this look costs no time
             with contextlib.suppress(NotebookError, ServerError):
                 self._notebook.check()
-        reply, answer = kernel.wait(run.request), run.request.answer
+        reply, answer = self.kernel.wait(run.request), run.request.answer
         if "cell" in answer:
             run.cell["source"] = answer["cell"]
-            run.request = kernel.execute(answer["cell"])
-            reply, answer = kernel.wait(run.request), {}
+            run.request = self.kernel.execute(answer["cell"])
+            reply, answer = self.kernel.wait(run.request), {}
         run.cell["execution_count"] = None if "error" in answer else reply.get("execution_count")
         if reply.get("status") != "ok":
             self._fail(run, item_text(error_output(reply)), reply)
@@ -1295,11 +1293,11 @@ class Session:
             items = run.outputs.items() + run.outputs.error
         texts, limit = [clean(item_text(item)) for item in items], self.settings.max_output
         try:
-            if sum(map(len, texts)) > limit:
+            if run.outputs.size() > limit:
                 items = brief(items, self._cut(texts, min(limit, NOTEBOOK_TEXT), [run]))
                 self.client.write(run.text_path, [json_inside("".join(texts))])
             self._notebook.save({**run.cell, "outputs": items})
-        except (NotebookError, ServerError) as err:
+        except Exception as err:  # the result is delivered, whatever it is
             if run.stage == "saving":
                 self._fail(run, f"The cell is not saved: {err}. The next call tries again")
 
@@ -1336,11 +1334,11 @@ class Interpreter:
         """Let go of all sessions; what runs goes on in the kernels."""
         self.closing = True
         running = [session.current() for session in list(self._sessions.values())]
-        wait([run.done for run in running if run is not None and run.request is not None], EXIT_S)
+        wait([run.done for run in running if run and run.request], EXIT_S)
 
     def _below_root(self, folder: str) -> str:
         """An absolute folder, relative to the server's root. Only a kernel knows where that is."""
-        kernel_id = self.client.open_session(f"{PROGRAM}.ipynb", self.settings.kernel_name)["id"]
+        kernel_id = self.client.open_session(secrets.token_hex(9), self.settings.kernel_name)["id"]
         kernel = Kernel(self.client, kernel_id, lambda message: None)
         try:
             kernel.greet("ready")
@@ -1348,13 +1346,12 @@ class Interpreter:
             kernel.wait(request)
             return str(request.answer.get("folder", ".."))
         finally:
-            kernel.drop()
             self.client.delete(kernel_id)
 
 
 # --- Bash ----------------------------------------------------------------------------------------
 
-HELPER_VERSION = 1  # raised with each change of HELPER: a newer helper replaces an older one
+HELPER_VERSION = 2  # raised with each change of HELPER: a newer helper replaces an older one
 
 # Lives in the kernel as a module of its own, so nothing of it is in the user's namespace; runs on
 # the kernel's Python, 3.8 or later. Its answers travel in the execute_reply's payload, which no
@@ -1372,9 +1369,8 @@ from threading import Thread  # now: the user may replace it
 from IPython import get_ipython
 PREFIX = re.compile(r"""(?:\s+|\#[^\n]*|[;&|(]|>>?[ \t]*[\w./~-]+(?=\s+\S)|\{(?=\s)|[A-Za-z_]\w*\+?=
     (?:\([^()]*\)|'[^']*'|"(?:\\.|[^"\\])*"|\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`|\\.
-    |[^\s;&|<>()'"`\\])*(?=[\s;&|]|\Z))*""", re.X)
+    |\$(?!\()|[^\s;&|<>()'"`\\$])*(?=[\s;&|]|\Z))*""", re.X)
 PYTHON_ONLY = {"", "print", *keyword.kwlist} - {"for", "if", "while"}  # as first words
-LOUD = ("FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR")
 QUIET = dict(TERM="dumb", NO_COLOR="1", PAGER="cat", GIT_PAGER="cat", MANPAGER="cat", EDITOR="true",
     VISUAL="true", GIT_EDITOR="true", GIT_TERMINAL_PROMPT="0")
 NOTE = ('{ status=$?; set +eux; } 2>/dev/null; { printf "%s\\0" "$PWD"; compgen -e | '
@@ -1407,15 +1403,15 @@ def as_python(code, runs):  # the cell to run as Python, or None: it is bash
     word = ":" if runs_always else re.match(r"[^\s;|&<>()]*", rest)[0]
     python = word in PYTHON_ONLY or re.match(r"\S+[ \t]+=", rest)
     if tree is not None:  # then bash only if it begins with an expression's name, and that unknown
-        python = python or cell != code or not isinstance(tree.body[0], ast.Expr)
-        python = python or not word.isidentifier() or word in {*vars(builtins), *shell.user_ns}
+        first = re.match(r"(?:\s|#.*\n)*[A-Za-z_]\w*(?=[\s;|&<>]|\Z)", code)
+        python = python or cell != code or not first or not isinstance(tree.body[0], ast.Expr)
+        python = python or word in {*vars(builtins), *shell.user_ns}
     return cell if python or not runs(word) else None
 def environment():
-    env = {name: value for name, value in os.environ.items() if name not in LOUD}
+    env = {k: v for k, v in os.environ.items() if "CLICOLOR" not in k and k != "FORCE_COLOR"}
     here, path = os.path.dirname(sys.executable), env.get("PATH", os.defpath)
-    if here not in path.split(os.pathsep):  # so that python and pip are the kernel's own
-        path = here + os.pathsep + path
-    return dict(env, PATH=path, **QUIET)
+    path = path if here in path.split(os.pathsep) else here + os.pathsep + path
+    return dict(env, PATH=path, **QUIET)  # with it, python and pip are the kernel's own
 def run(code, ask):  # ask: if it is Python, answer with the cell instead
     global last
     shell, bash, env = get_ipython(), shutil.which("bash"), environment()
@@ -1469,7 +1465,7 @@ def execute(bash, env, path, send):  # to its end; the error, "" if all is well
 def pump(pipe, send, running):  # until its end, or until nothing is there and bash has ended
     decode, held, due = codecs.getincrementaldecoder("utf-8")("replace").decode, "", 0
     poll, done = select.poll(), False
-    poll.register(pipe)
+    poll.register(pipe, select.POLLIN)
     while not done:
         alive = running()
         ready = poll.poll(50 if alive else 0)
@@ -1482,7 +1478,8 @@ def pump(pipe, send, running):  # until its end, or until nothing is there and b
 def hand_over(before, note):  # the working directory of the shell and the exports it changed
     folder, *pairs = note.split("\0")[:-1]
     after = dict(pair.split("=", 1) for pair in pairs if not re.match("(_|SHLVL)=", pair))
-    for name in before.keys() - after - {"_", "SHLVL"}:
+    # An exported function is not listed; and a note can be cut short.
+    for name in filter(str.isidentifier, before.keys() - after - {"_", "SHLVL"} if pairs else ()):
         os.environ.pop(name, None)
     os.environ.update(after.items() - before.items())
     os.chdir(folder)
@@ -1515,7 +1512,7 @@ def serve(interpreter: Interpreter) -> None:
 
         def readinto(self, buffer: Any) -> int:
             count = super().readinto(buffer) or 0
-            interpreter.closing = count == 0
+            interpreter.closing |= count == 0
             return count
 
     # a duplicate, or SDK 2.x would read past this object
@@ -1539,8 +1536,9 @@ def serve(interpreter: Interpreter) -> None:
         started = time.monotonic()
         while not outcome.done() and (left_s := started + max_s - time.monotonic()) > 0:
             await asyncio.wait([outcome], timeout=min(left_s, PROGRESS_S))
-            if not outcome.done():
-                await ctx.report_progress(time.monotonic() - started, None, session.progress())
+            if not outcome.done() and (run := session.current()) is not None:
+                said = run.outputs.last_line() or run.stage
+                await ctx.report_progress(time.monotonic() - started, None, said)
 
     # The docstrings of the tools are what the model reads.
 
@@ -1597,7 +1595,7 @@ def serve(interpreter: Interpreter) -> None:
 
 def read_env_file() -> dict[str, str]:
     """NAME=value lines of .env; quotes around a value and `export` before a name may be there."""
-    line = r"""^\s*(?:export\s+)?(\w+)\s*=\s*(?:'([^'\n]*)'|"([^"\n]*)"|([^\n]*?))\s*?(?:\s#.*)?$"""
+    line = r"""^\s*(?:export )?(\w+)[ \t]*=[ \t]*(?:'(.*?)'|"(.*?)"|(.*?))[ \t]*(?:(?<=\s)#.*)?$"""
     with contextlib.suppress(OSError), open(".env", encoding="utf-8-sig", errors="replace") as file:
         return {m[1]: m[2] or m[3] or m[4] or "" for m in re.finditer(line, file.read(), re.M)}
     return {}
@@ -1605,7 +1603,7 @@ def read_env_file() -> dict[str, str]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; what is not given comes from the environment, then from .env."""
-    more = "Defaults: environment variables (JUPYTER_BASE_URL, JUPYTER_INTERPRETER_TIMEOUT), .env"
+    more = "Defaults: variables (JUPYTER_BASE_URL, JUPYTER_TOKEN, JUPYTER_INTERPRETER_...) and .env"
     parser = argparse.ArgumentParser(PROGRAM, None, __doc__.partition("\n")[0], more)
     add = parser.add_argument
     add("--jupyter-base-url", metavar="URL", help="the server: http(s)://HOST[:PORT][/PATH]")
@@ -1628,7 +1626,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             on = value.lower() in ("1", "true", "yes", "on")
             action.default = on if action.nargs == 0 else value
     args = parser.parse_args(argv)
-    limits = {"timeout": (0, 1e9), "max_output": (1, 1e15), "session_id": (0, MAX_SESSION_ID)}
+    limits = {"timeout": (0, 1e9), "max_output": (1, TEXT_KEPT), "session_id": (0, MAX_SESSION_ID)}
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:
             parser.error(f"--{name.replace('_', '-')} must be from {least} to {most:.0f}")
@@ -1643,6 +1641,7 @@ LOCAL_SERVER = """import os, sys, threading
 from jupyter_server.serverapp import ServerApp
 app = ServerApp.instance()
 app.initialize(["--ip=127.0.0.1", "--port=0", "--allow-root", "--log-level=ERROR", *sys.argv[1:]])
+del os.environ["JUPYTER_TOKEN"]  # the kernels need not know it
 threading.Thread(target=lambda: (sys.stdin.read(), app.stop()), daemon=True).start()
 app.io_loop.add_callback(print, app.connection_url, flush=True)
 app.io_loop.add_callback(os.dup2, 2, 1)  # nobody reads the pipe any more
@@ -1659,8 +1658,8 @@ def local_server(folder: str, stack: contextlib.ExitStack) -> tuple[str, str]:
     limits = [f"--ZMQChannelsWebsocketConnection.iopub_{x}_rate_limit=0" for x in ("data", "msg")]
     temp = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
     env = dict(os.environ, JUPYTER_TOKEN=token, JUPYTER_RUNTIME_DIR=temp, JUPYTER_CONFIG_DIR=temp)
-    command, pipe = [sys.executable, "-c", LOCAL_SERVER, root, *limits], subprocess.PIPE
-    said = None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
+    command = [sys.executable, "-c", LOCAL_SERVER, "--no-browser", root, *limits]
+    said, pipe = None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL, subprocess.PIPE
     # when `stack` ends, its input closes, and it is waited for
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, env=env)
     if (out := stack.enter_context(process).stdout) and (url := out.readline().decode().strip()):
@@ -1696,6 +1695,7 @@ def main(argv: list[str] | None = None) -> int:
         with stack:
             if args.local is not None:
                 url, token = local_server(args.local, stack)
+                os.environ["no_proxy"] = "127.0.0.1"
             client = RemoteJupyterClient(url, token, ca_bundle=args.ca_bundle)
             if token and url[:5] == "http:" and not re.match(r"localhost$|127\.|::1$", client.host):
                 log.warning("The token travels unencrypted to %s; use https", client.host)
@@ -1709,9 +1709,9 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             code = sys.stdin.read() if args.execute == "-" else args.execute
             outcome = interpreter.session(args.session_id).execute(code)
-            print(dump(outcome.as_dict()), flush=True)
+            print(json.dumps(outcome.as_dict()), flush=True)  # ASCII: any terminal can show it
             return 1 if outcome.error else 0
-    except InterpreterError as err:
+    except (InterpreterError, ValueError) as err:  # the latter for what no URL can be
         sys.exit(f"{PROGRAM}: {err}")
 
 

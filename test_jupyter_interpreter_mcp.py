@@ -846,6 +846,16 @@ def test_a_notebook_without_cell_ids_or_of_a_person_is_continued(
     assert sources(saved) == ["x = 5\nx", "raise SystemExit('never run')", "x + 1"]
 
 
+def test_two_cells_with_one_id_are_both_kept(client: Client, server: JupyterServer) -> None:
+    session_id = client.run("x = 6")["session_id"]
+    path = server.root / "notebooks" / f"{session_id}.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["cells"].append({**notebook["cells"][0], "source": "a person's copy"})
+    path.write_text(json.dumps(notebook))
+    assert client.run("x * 7", session_id)["result"] == ["42"]
+    assert sources(json.loads(path.read_text())) == ["x = 6", "a person's copy", "x * 7"]
+
+
 UNREADABLE = [
     b"not JSON",
     b"",
@@ -1231,6 +1241,7 @@ RESULTS: list[tuple[str, list[str]]] = [
         "print('\\x1b[1;31mred\\x1b[0m \\x1b]8;;http://x\\x1b\\\\link\\x1b]8;;\\x1b\\\\')",
         ["red link"],
     ),
+    ("print('\\r' * 300_000 + 'x')", ["x"]),  # quickly
     ("print('é 漢 🎉 \\u2028 \\0 .')", ["é 漢 🎉 \u2028 \0 ."]),
     ("import asyncio\nawait asyncio.sleep(0, 42)", ["42"]),
     (
@@ -1526,7 +1537,7 @@ def test_a_flag_beats_a_variable_beats_the_file(
     server: JupyterServer, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
     (tmp_path / ".env").write_text(
-        f"# where\nJUPYTER_BASE_URL={server.url}\nexport JUPYTER_TOKEN='{server.token}'\n"
+        f"# where\nJUPYTER_INTERPRETER_KERNEL_NAME=\nJUPYTER_BASE_URL={server.url}\nexport JUPYTER_TOKEN='{server.token}'\n"
         "NOTEBOOKS_FOLDER=from-file  # a comment\n"
     )
     environment = {"NOTEBOOKS_FOLDER": "from-variable"} if "variable" in settings else {}
@@ -1600,11 +1611,13 @@ def test_an_absolute_folder_leaves_no_kernel_behind(server: JupyterServer) -> No
 
 
 def test_local_runs_a_server_of_its_own(tmp_path: Path) -> None:
-    ended = command("--local", str(tmp_path), "--execute", "21 * 2")
+    code = "import os; 'JUPYTER_TOKEN' in os.environ"  # which the kernel need not know
+    nowhere = {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": ""}  # which is not asked
+    ended = command("--local", str(tmp_path), "--execute", code, **nowhere)
     result = json.loads(ended.stdout)
-    assert (result["result"], result["error"], ended.stderr) == (["42"], [], "")
+    assert (result["result"], result["error"], ended.stderr) == (["False"], [], "")
     notebook = tmp_path / "notebooks" / f"{result['session_id']}.ipynb"
-    assert sources(json.loads(notebook.read_text())) == ["21 * 2"]
+    assert sources(json.loads(notebook.read_text())) == [code]
     assert [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info)] == []
 
 
@@ -2161,6 +2174,9 @@ SHARED: list[tuple[str, str]] = [
     ("echo $FIXED $PWD", "1 {shared}"),
     ("echo $SHLVL $_ > /dev/null; export PS1=x IFS=:; printf '%s\\n' \"a b\"", "a b"),
     ("for x in a b; do printf $x; done; pwd", "ab{shared}"),
+    ("os.environ['BASH_FUNC_greet%%'] = '() {{  echo hello\\n}}'; os.environ['a.b'] = 'c'", ""),
+    ("greet", "hello"),
+    ("greet; env | grep ^a.b", "hello\na.b=c"),
 ]
 
 
@@ -2940,9 +2956,10 @@ def test_an_interrupt_of_a_session_that_nobody_opened_says_so(client: Client) ->
 def check_restart(trial: Trial) -> None:
     """A restart stops what runs and restores the session."""
     with within(15.5):
-        restarted = trial.client.interrupt(trial.session_id, restart=True)
-    assert "ran again" in text_of(restarted), restarted
-    trial.survived()
+        restarted = text_of(trial.client.interrupt(trial.session_id, restart=True))
+    if "Still" in restarted:  # a busy machine: the time was over before the kernel was up
+        restarted += text_of(trial.client.run("", trial.session_id))
+    assert "ran again" in restarted and "Not run" not in restarted, restarted
 
 
 @pytest.mark.faults
@@ -2958,12 +2975,14 @@ def test_a_cell_that_swallows_the_interrupt_is_named_and_stopped_by_a_restart(
         ignored = mortal.client.interrupt(mortal.session_id)
     assert "restart=True" in text_of(ignored)
     check_restart(mortal)
+    mortal.survived()
 
 
 @pytest.mark.faults
 def test_native_code_that_ignores_the_interrupt_is_stopped_by_a_restart(mortal: Trial) -> None:
     mortal.begin("tell('native')\nsum(range(10 ** 13))", until="native", timeout=0).result(20)
     check_restart(mortal)
+    mortal.survived()
 
 
 @pytest.mark.faults
@@ -2973,9 +2992,7 @@ def test_native_code_that_says_nothing_at_all_is_stopped_by_a_restart_and_not_re
     """It holds the GIL from its first moment, so the kernel cannot even say that it is busy."""
     early = mortal.client.run("sum(range(10 ** 13))", mortal.session_id, timeout=1)
     assert "running" in text_of(early)
-    with within(15.5):
-        restarted = mortal.client.interrupt(mortal.session_id, restart=True)
-    assert "ran again" in text_of(restarted) and "Not run" not in text_of(restarted), restarted
+    check_restart(mortal)
     mortal.client.run(mortal.code(""), mortal.session_id)
     mortal.survived()
 
@@ -3540,6 +3557,20 @@ def test_pictures_beyond_the_tenth_are_named_instead_of_sent(local: Client, tmp_
 
 
 @pytest.mark.faults
+def test_pictures_of_earlier_code_count_too_and_none_is_left_unsaid(
+    local: Client, tmp_path: Path
+) -> None:
+    trial = Trial(local, tmp_path)
+    body = "for n in range(8):\n    display(Image(PNG + bytes([n]), format='png'))"
+    trial.begin(PICTURE + "wait()\n" + body, timeout=0).result(20)
+    trial.open_gate()
+    shown = local.call(body, trial.session_id)
+    assert [block["type"] for block in shown["content"]].count("image") == 10
+    assert text_of(shown["structuredContent"]).count("image/png") == 6
+    trial.survived()
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("code", ["input()", "import getpass\ngetpass.getpass()"])
 def test_input_is_an_immediate_error_that_says_so(trial: Trial, code: str) -> None:
     with within(5):
@@ -4004,6 +4035,10 @@ def test_a_kernel_of_another_language_gets_its_cells_unchanged(
         server.api("DELETE", f"kernels/{server.kernel_id(session_id)}").raise_for_status()
         restored = client.run("echo $x", session_id)
         assert restored["result"][-1] == "41" and "ran again" in restored["result"][0]
+        kernel = f"kernels/{server.kernel_id(session_id)}"
+        server.api("POST", f"{kernel}/restart").raise_for_status()
+        again = client.run("echo $x", session_id)
+        assert again["result"][-1] == "41" and "ran again" in again["result"][0], again
     finally:
         server.stop()
 
