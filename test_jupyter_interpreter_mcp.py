@@ -585,6 +585,7 @@ HTTP_FAILURES: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize(("answer", "words"), HTTP_FAILURES)
 @responses.activate
 def test_each_http_failure_is_one_sentence_with_its_cause(
@@ -601,6 +602,7 @@ def test_each_http_failure_is_one_sentence_with_its_cause(
     assert client.kernelspecs() == SPECS
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize(
     "url",
     [
@@ -620,6 +622,7 @@ def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("token", ["two words", "line\n", "line\r\nX-Header: 1", "ä"])
 def test_what_cannot_be_a_token_is_refused_and_not_shown(token: str) -> None:
     with pytest.raises(jim.InterpreterError) as caught:
@@ -627,6 +630,7 @@ def test_what_cannot_be_a_token_is_refused_and_not_shown(token: str) -> None:
     assert token not in str(caught.value)
 
 
+@pytest.mark.servers
 def test_the_token_travels_in_the_header_only(
     server: JupyterServer, proxy: Proxy, clients: Callable[..., Client]
 ) -> None:
@@ -640,6 +644,7 @@ def test_the_token_travels_in_the_header_only(
     assert sent.count(b"Authorization: token " + token) == sent.count(token) == len(asked)
 
 
+@pytest.mark.servers
 def test_the_token_does_not_follow_a_redirect(web: Callable[..., Web]) -> None:
     thief = web({"": (200, {"Content-Type": "application/json"}, json.dumps(SPECS).encode())})
     decoy = web({"": (302, {"Location": f"{thief.url}/api/kernelspecs?x=1"}, b"")})
@@ -648,6 +653,7 @@ def test_the_token_does_not_follow_a_redirect(web: Callable[..., Web]) -> None:
     assert len(decoy.asked) >= 1 and thief.asked == []
 
 
+@pytest.mark.servers
 def test_the_token_does_not_follow_a_redirect_of_the_websocket(
     server: JupyterServer, web: Callable[..., Web]
 ) -> None:
@@ -659,6 +665,7 @@ def test_the_token_does_not_follow_a_redirect_of_the_websocket(
     assert "websocket" in json.loads(ended.stdout)["error"][0]
 
 
+@pytest.mark.servers
 def test_a_password_file_does_not_replace_the_token(server: JupyterServer, tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text(f"machine {LOOPBACK} login me password wrong\n")
     (tmp_path / ".netrc").chmod(0o600)
@@ -674,6 +681,7 @@ class ServerWithPath(JupyterServer):
         super().start()
 
 
+@pytest.mark.servers
 def test_a_base_url_with_a_path_works(tmp_path: Path) -> None:
     server = ServerWithPath(tmp_path, "--ServerApp.base_url=/user/me/")
     try:
@@ -685,6 +693,7 @@ def test_a_base_url_with_a_path_works(tmp_path: Path) -> None:
         server.stop()
 
 
+@pytest.mark.servers
 def test_a_server_without_a_token_works(tmp_path: Path) -> None:
     server = JupyterServer(tmp_path, token="")
     try:
@@ -717,6 +726,7 @@ class ServerWithTls(JupyterServer):
         return super().api(method, path, verify=self.authority, **options)
 
 
+@pytest.mark.servers
 def test_a_private_authority_is_trusted_with_ca_bundle_only(tmp_path: Path) -> None:
     server = ServerWithTls(tmp_path)
     try:
@@ -1416,6 +1426,7 @@ def test_bad_arguments_get_a_tool_error_that_names_them(
 # --- Command line --------------------------------------------------------------------------------
 
 
+@pytest.mark.servers
 def test_version_and_help() -> None:
     assert command("--version").stdout == f"jupyter-interpreter-mcp {jim.__version__}\n"
     text = command("--help").stdout
@@ -1499,6 +1510,7 @@ FAILURES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("cause", FAILURES)
 def test_each_cause_of_a_failed_start_is_one_clear_sentence(
     cause: str, server: JupyterServer, web: Callable[..., Web]
@@ -1519,6 +1531,7 @@ def test_each_cause_of_a_failed_start_is_one_clear_sentence(
     assert server.token not in ended.stderr
 
 
+@pytest.mark.servers
 def test_a_token_over_plain_http_to_another_machine_earns_a_warning() -> None:
     ended = command(
         "--jupyter-base-url", "http://no-such-host.invalid", "--jupyter-token", "s3cret"
@@ -1530,6 +1543,7 @@ def test_a_token_over_plain_http_to_another_machine_earns_a_warning() -> None:
 FOLDER = "import os; os.path.basename(os.getcwd())"
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize(
     "settings", [("file",), ("file", "variable"), ("file", "variable", "flag")]
 )
@@ -1546,6 +1560,7 @@ def test_a_flag_beats_a_variable_beats_the_file(
     assert json.loads(ended.stdout)["result"] == [f"'from-{settings[-1]}'"], ended
 
 
+@pytest.mark.servers
 def test_only_our_own_names_are_read_from_the_file(server: JupyterServer, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
         "HTTP_PROXY=http://127.0.0.1:1\nREQUESTS_CA_BUNDLE=/no/such/file\nOTHER=1\nPATH=\n"
@@ -1566,6 +1581,7 @@ EXECUTIONS: list[tuple[str, str, list[str], str, int]] = [
 ]
 
 
+@pytest.mark.servers
 def test_execute_runs_one_cell_and_prints_the_result(server: JupyterServer) -> None:
     for code, stdin, result, error, status in EXECUTIONS:
         ended = command(*flags_for(server), "--execute", code, stdin=stdin)
@@ -1578,6 +1594,7 @@ def test_execute_runs_one_cell_and_prints_the_result(server: JupyterServer) -> N
     assert json.loads(again.stdout) == {"result": ["42"], "error": [], "session_id": session_id}
 
 
+@pytest.mark.servers
 def test_execute_names_the_step_that_failed(other_kernels: JupyterServer) -> None:
     ended = command(*flags_for(other_kernels), "--kernel-name", "broken", "--execute", "1")
     assert ended.returncode == 1 and "kernel" in json.loads(ended.stdout)["error"][0].lower()
@@ -1586,6 +1603,7 @@ def test_execute_names_the_step_that_failed(other_kernels: JupyterServer) -> Non
     assert json.loads(ended.stdout)["result"] == ["42"]
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("folder", ["a/b c/é", "{root}/absolute/deep", ".", "x/../y/"])
 def test_the_notebooks_folder_is_made_and_used(server: JupyterServer, folder: str) -> None:
     given = folder.format(root=server.root)
@@ -1602,6 +1620,7 @@ def test_the_notebooks_folder_is_made_and_used(server: JupyterServer, folder: st
     assert (used / f"{result['session_id']}.ipynb").exists()
 
 
+@pytest.mark.servers
 def test_an_absolute_folder_leaves_no_kernel_behind(server: JupyterServer) -> None:
     before = {kernel["id"] for kernel in server.api("GET", "kernels").json()}
     flags = [*flags_for(server), "--notebooks-folder"]
@@ -1610,6 +1629,7 @@ def test_an_absolute_folder_leaves_no_kernel_behind(server: JupyterServer) -> No
     assert {kernel["id"] for kernel in server.api("GET", "kernels").json()} == before
 
 
+@pytest.mark.servers
 def test_local_runs_a_server_of_its_own(tmp_path: Path) -> None:
     code = "import os; 'JUPYTER_TOKEN' in os.environ"  # which the kernel need not know
     nowhere = {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": ""}  # which is not asked
@@ -1621,6 +1641,7 @@ def test_local_runs_a_server_of_its_own(tmp_path: Path) -> None:
     assert [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info)] == []
 
 
+@pytest.mark.servers
 def test_the_local_server_ends_with_the_command_however_that_ends(tmp_path: Path) -> None:
     client = Client(None, "--local", str(tmp_path))
     assert client.run("21 * 2")["result"] == ["42"]
@@ -1639,6 +1660,7 @@ def test_kernels_stay_when_the_mcp_server_exits(
     assert run_as_person(server, server.kernel_id(session_id), "x") == "42"
 
 
+@pytest.mark.servers
 def test_the_package_is_used_without_the_sdk() -> None:
     """Other agents copy the file and call its classes; they need not have `mcp`."""
     check = (
@@ -1657,6 +1679,7 @@ def test_the_copied_file_runs_alone(server: JupyterServer, tmp_path: Path) -> No
     client.close()
 
 
+@pytest.mark.servers
 def test_the_script_metadata_asks_for_what_the_package_needs() -> None:
     source = Path(jim.__file__)
     inline = re.search(r"(?m)^# dependencies = (\[.*\])$", source.read_text())
@@ -3482,7 +3505,7 @@ def test_endless_displays_are_held_in_bounded_memory(local: Client, tmp_path: Pa
     trial.survived()
 
 
-@pytest.mark.faults
+@pytest.mark.load
 def test_five_prints_of_100_mb_do_not_add_up(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3789,7 +3812,8 @@ def test_stdout_carries_json_rpc_and_nothing_else(server: JupyterServer) -> None
 
 
 @pytest.mark.faults
-def test_calls_that_wait_keep_their_order(trial: Trial, server: JupyterServer) -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.load)])
+def test_calls_that_wait_keep_their_order(trial: Trial, server: JupyterServer, count: int) -> None:
     trial.client.run(trial.code("seen = []"), trial.session_id)
     calls = [
         trial.client.start(f"seen.append({n})\nprint({n})", trial.session_id) for n in range(100)
@@ -3797,14 +3821,14 @@ def test_calls_that_wait_keep_their_order(trial: Trial, server: JupyterServer) -
     for n, call in enumerate(calls):
         result = outcome(call)
         assert (result["result"], result["error"]) == ([str(n)], [])
-    for n in range(100, 1000):
+    for n in range(100, count):
         result = trial.client.run(f"seen.append({n})\nprint({n})", trial.session_id)
         assert (result["result"], result["error"]) == ([str(n)], [])
-    assert trial.client.run("seen == list(range(1000))", trial.session_id)["result"] == ["True"]
+    assert trial.client.run(f"seen == list(range({count}))", trial.session_id)["result"] == ["True"]
     cells = server.notebook(trial.session_id)["cells"]
     sources = ["".join(cell["source"]) for cell in cells]
     sources = [source for source in sources if source.startswith("seen.append")]
-    assert sources == [f"seen.append({n})\nprint({n})" for n in range(1000)]
+    assert sources == [f"seen.append({n})\nprint({n})" for n in range(count)]
     assert len({cell["id"] for cell in cells}) == len(cells)
     trial.survived()
 
@@ -3835,7 +3859,7 @@ def test_threads_and_descriptors_do_not_leak(
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(50, marks=pytest.mark.faults), pytest.param(100, marks=pytest.mark.bench)]
+    "count", [pytest.param(50, marks=pytest.mark.faults), pytest.param(100, marks=pytest.mark.load)]
 )
 def test_many_sessions_at_once_each_get_their_own(
     clients: Callable[..., Client], own_server: JupyterServer, count: int
@@ -3879,6 +3903,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelGateway]
     gateway.stop()
 
 
+@pytest.mark.servers
 def test_a_bare_kernel_gateway_has_sessions_and_a_warning_that_no_notebook_is_kept(
     gateway: KernelGateway, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3899,6 +3924,7 @@ def test_a_bare_kernel_gateway_has_sessions_and_a_warning_that_no_notebook_is_ke
     assert "starts empty" in again["result"][0]
 
 
+@pytest.mark.servers
 def test_a_server_in_front_of_a_gateway_keeps_notebooks_and_restores(
     gateway: KernelGateway, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3923,6 +3949,7 @@ def test_a_server_in_front_of_a_gateway_keeps_notebooks_and_restores(
         front.stop()
 
 
+@pytest.mark.servers
 def test_https_and_wss_need_the_private_ca_by_flag_or_variable(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3986,6 +4013,7 @@ class ConnectProxy(Proxy):
         self._pump(*pair, True)
 
 
+@pytest.mark.servers
 def test_the_usual_proxy_variables_count_for_rest_and_websocket(
     server: JupyterServer, clients: Callable[..., Client]
 ) -> None:
@@ -4004,6 +4032,7 @@ def test_the_usual_proxy_variables_count_for_rest_and_websocket(
     proxy.close()
 
 
+@pytest.mark.servers
 def test_a_kernel_of_another_language_gets_its_cells_unchanged(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
