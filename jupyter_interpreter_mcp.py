@@ -1000,7 +1000,8 @@ class Session:
     # For callers: submit, wait for run.done, collect; or execute, which does all three.
 
     def submit(self, code: str) -> Run:
-        """Queue code; returns at once. Empty code waits for what runs before it."""
+        """Queue code; returns at once. Empty code waits for what runs before it; "" starts nothing
+        in the place of a kernel that died."""
         run = Run(code, self.path)
         with self._changed:
             self._runs.append(run)
@@ -1065,7 +1066,7 @@ class Session:
             if not kernel_id:
                 raise NotFound(f"Session {self.session_id} has no kernel: nothing runs")
             self.client.command(kernel_id, "interrupt")
-            run = self.submit("")  # collects what the interrupted code leaves
+            run = self.submit("\n")  # collects what the interrupted code leaves; may restore
             if not wait([run.done], INTERRUPT_S).done and restart and not self._owner.closing:
                 self.client.command(kernel_id, "restart", RESTART_S - INTERRUPT_S)
                 self.kernel.lost = "The kernel was restarted as asked."
@@ -1103,7 +1104,7 @@ class Session:
                 if idle:  # what it reads while it closes is handed over by the next call
                     run.abandoned = True
                     self.kernel.close()
-                elif not run.withdrawn:
+                elif not run.withdrawn and (run.code or not self.kernel.lost):  # "" only asks
                     self._perform(run)
             with self._changed:
                 run.done.set_result(None)
