@@ -3834,8 +3834,9 @@ def test_calls_that_wait_keep_their_order(trial: Trial, server: JupyterServer, c
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("calls", [3, pytest.param(20, marks=pytest.mark.load)])
 def test_threads_and_descriptors_do_not_leak(
-    clients: Callable[..., Client], network: Network, tmp_path: Path
+    clients: Callable[..., Client], network: Network, tmp_path: Path, calls: int
 ) -> None:
     """After many calls, 50 cancelled ones and 20 dropped connections."""
     far = Trial(clients(url=network.url), tmp_path)
@@ -3850,7 +3851,7 @@ def test_threads_and_descriptors_do_not_leak(
         far.client.run("", far.session_id)
         if n % 5 in (1, 3):
             network.cut()
-        for m in range(3):
+        for m in range(calls):
             assert far.client.run(f"print({m})", far.session_id)["result"][-1:] == [str(m)]
     far.client.run(far.code(""), far.session_id)
     far.survived()
