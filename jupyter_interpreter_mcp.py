@@ -1000,8 +1000,7 @@ class Session:
     # For callers: submit, wait for run.done, collect; or execute, which does all three.
 
     def submit(self, code: str) -> Run:
-        """Queue code; returns at once. Empty code waits for what runs before it; "" starts nothing
-        in the place of a kernel that died."""
+        """Queue code; returns at once. Empty code waits for what runs before it."""
         run = Run(code, self.path)
         with self._changed:
             self._runs.append(run)
@@ -1104,7 +1103,8 @@ class Session:
                 if idle:  # what it reads while it closes is handed over by the next call
                     run.abandoned = True
                     self.kernel.close()
-                elif not run.withdrawn and (run.code or not self.kernel.lost):  # "" only asks
+                # "" asks first what became of earlier code: a kernel that died is told at once
+                elif not run.withdrawn and (run.code or not any(x.errors for x in self._runs)):
                     self._perform(run)
             with self._changed:
                 run.done.set_result(None)
