@@ -2982,6 +2982,7 @@ def check_restart(trial: Trial) -> None:
         restarted = text_of(trial.client.interrupt(trial.session_id, restart=True))
     if "Still" in restarted:  # a busy machine: the time was over before the kernel was up
         restarted += text_of(trial.client.run("", trial.session_id))
+        restarted += text_of(trial.client.run("1", trial.session_id))
     assert "ran again" in restarted and "Not run" not in restarted, restarted
 
 
