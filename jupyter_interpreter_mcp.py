@@ -1138,7 +1138,7 @@ class Session:
                 text += KILLS_AGAIN.format(self.path) if run.stage == "restoring" else ""
                 self._forget()
             elif not isinstance(err, InterpreterError):
-                text = f"Internal error, whether the code ran is not known: {err!r}"
+                text = f"Internal error: {err!r}; stderr has more"
                 log.exception("Session %d", self.session_id)
             heard = run.request is not None and run.request.heard
             run.not_run = run.request is None or (isinstance(err, ConnectionLost) and not heard)
@@ -1192,7 +1192,7 @@ class Session:
                     kernel.kernel_id = ""
                     break
                 time.sleep(0.1)
-            kernel.close()  # and so learn whether that was too late
+            kernel.close()  # which reads what it said last, such as that it took the code
 
     def _connect(self, run: Run) -> None:
         """Make sure of a live kernel that has the session's state."""
