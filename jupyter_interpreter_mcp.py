@@ -102,10 +102,6 @@ ITEM_COST = 1_000  # what one more output costs, however short it is
 IMAGES_SENT = 10  # pictures in one result
 IMAGE_BYTES = 4_000_000  # larger pictures are named instead of sent; clients refuse them
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
-# The server leaves Nagle's algorithm on: each small frame waits until the one before it is
-# acknowledged, and a receiver delays a bare acknowledgement by 40 ms. Any frame we send carries it
-# at once; a Pong needs no answer (RFC 6455, section 5.5.3). A small call takes 5 instead of 45 ms.
-PONG_BELOW = 128_000
 SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"  # binary frames: 18 x faster for large text
 HELPER_NAME = "_jupyter_interpreter_mcp"  # of the module in the kernel
 KERNEL_GONE = "The kernel is gone: it was shut down, or culled when it was idle."
@@ -203,8 +199,7 @@ class Request:
             payload = message["content"].get("payload") or []
             self.answer = next((p for p in payload if p.get("source") == HELPER_NAME), {})
             if text := self.answer.get("error"):  # of a command: as if the reply said so
-                names = {"ename": "CommandFailed", "evalue": text, "traceback": [text]}
-                self.reply = {"status": "error", **names}
+                self.reply = dict(status="error", ename="BashError", evalue=text, traceback=[text])
 
 
 # --- Protocol, pure ------------------------------------------------------------------------------
@@ -241,8 +236,7 @@ ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-
 
 
 def clean(text: str) -> str:
-    """Text without ANSI codes, carriage returns and what UTF-8 cannot hold (lone surrogates)."""
-    text = text.encode("utf-8", "replace").decode()
+    """Text without ANSI codes and carriage returns."""
     return (ANSI.sub("", text) if "\x1b" in text else text).replace("\r", "")
 
 
@@ -252,11 +246,15 @@ def overwrite(text: str) -> str:
 
 
 def shorten(texts: list[str], limit: int, note: str) -> list[str]:
-    """Head and tail of texts, `limit` characters in all; `note` stands for the middle."""
+    """Head and tail of texts, `limit` characters in all; `note` stands for the middle.
+
+    What UTF-8 cannot hold (lone surrogates) becomes "?": here, because it takes time.
+    """
     head, excess, kept = limit // 2, max(0, sum(map(len, texts)) - limit), list[str]()
     for text in texts:
         cut = max(0, min(excess, len(text) - head))
-        kept.append(text[:head] + (note if cut else "") + text[head + cut :])
+        shown = text[:head] + (note if cut else "") + text[head + cut :]
+        kept.append(shown.encode("utf-8", "replace").decode())
         head, excess, note = max(0, head - len(text)), excess - cut, "" if cut else note
     return kept
 
@@ -327,7 +325,7 @@ class Outputs:
     def last_line(self) -> str:
         """The newest line of text, for progress notifications."""
         text = "".join(item_text(item)[-1000:] for item in self.items()[-1:])
-        return clean(text).strip().rpartition("\n")[2]
+        return clean(text.encode("utf-8", "replace").decode()).strip().rpartition("\n")[2]
 
     def _add_text(self, name: str, text: str) -> None:
         if self._text_size < TEXT_KEPT:
@@ -808,8 +806,11 @@ class Kernel:
         except (ConnectionLost, websocket.WebSocketException, OSError) as err:
             self.drop()
             raise ConnectionLost(f"The websocket broke ({err})") from err
-        if len(frame) < PONG_BELOW:
-            self._transmit(b"", websocket.ABNF.OPCODE_PONG)
+        # The server leaves Nagle's algorithm on: each small frame waits until the one before it is
+        # acknowledged, and a receiver delays a bare acknowledgement by 40 ms. Any frame we send
+        # carries it at once; a Pong needs no answer (RFC 6455, section 5.5.3). A small call takes
+        # 5 instead of 45 ms.
+        self._transmit(b"", websocket.ABNF.OPCODE_PONG)
         self._heard_at = time.monotonic()
         self._take(decode(frame, binary=self._binary))
         return True
