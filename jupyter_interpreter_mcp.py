@@ -1627,7 +1627,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if value := environment.get("JUPYTER_INTERPRETER_" * (not plain) + action.dest.upper()):
             on = value.lower() in ("1", "true", "yes", "on")
             action.default = on if action.nargs == 0 else value
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # in short: what is no flag may be a token
+        shown = [re.sub(r"(?s)^[^-].*|=.*", "...", word) for word in unknown]
+        parser.error(f"unrecognized arguments: {' '.join(shown)}")
     limits = {"timeout": (0, 1e9), "max_output": (1, TEXT_KEPT), "session_id": (0, MAX_SESSION_ID)}
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:
@@ -1680,6 +1683,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format=f"{PROGRAM}: %(message)s")  # to stderr
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     warnings.simplefilter("ignore", SyntaxWarning)  # of cells that are parsed here
+    # no daemon: one that imports while the process ends can crash it
     load_sdk = threading.Thread(target=importlib.import_module, args=("mcp.server.stdio",))
     if args.execute is None:  # importing takes longer than the checks: side by side
         load_sdk.start()

@@ -17,6 +17,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -64,17 +65,24 @@ def free_port() -> int:
 
 
 class JupyterServer:
-    """A real Jupyter server: free port, random token, temporary root. Can be stopped and started again."""
+    """A real Jupyter server: free port, random token, temporary root. Can be stopped and started again.
 
-    module = "jupyter_server"
+    transport: between the server and its kernels. A port that was chosen for a kernel can be taken before
+    the kernel is there, which then hangs: one of some hundred kernels beside as many connections of other
+    tests. Sockets with a path have no such race.
+    """
 
-    def __init__(self, folder: Path, *options: str, token: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *options: str, token: str | None = None, transport: str = "ipc"
+    ) -> None:
         self.root, self.log = folder / "root", folder / "server.log"
         self.root.mkdir(parents=True, exist_ok=True)
         self.token = secrets.token_hex(16) if token is None else token
-        self.port, self.options = free_port(), options
+        self.port = free_port()
+        self.options = [f"--KernelManager.transport={transport}", *options]
         self.url = f"http://{LOOPBACK}:{self.port}"
-        self.runtime = folder / "runtime"
+        self._runtime = tempfile.TemporaryDirectory(prefix="jupyter")  # short: it has sockets
+        self.runtime = Path(self._runtime.name)
         self.start()
 
     def command(self) -> list[str]:
@@ -373,8 +381,6 @@ def proxy(server: JupyterServer) -> Iterator[Proxy]:
     proxy.close()
 
 
-# --- Tools of the tests (to be merged with the ones above) ---------------------------------------
-
 PIXEL = (  # a picture of one pixel
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
@@ -585,7 +591,6 @@ HTTP_FAILURES: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.servers
 @pytest.mark.parametrize(("answer", "words"), HTTP_FAILURES)
 @responses.activate
 def test_each_http_failure_is_one_sentence_with_its_cause(
@@ -602,7 +607,6 @@ def test_each_http_failure_is_one_sentence_with_its_cause(
     assert client.kernelspecs() == SPECS
 
 
-@pytest.mark.servers
 @pytest.mark.parametrize(
     "url",
     [
@@ -622,7 +626,6 @@ def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
     assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.servers
 @pytest.mark.parametrize("token", ["two words", "line\n", "line\r\nX-Header: 1", "ä"])
 def test_what_cannot_be_a_token_is_refused_and_not_shown(token: str) -> None:
     with pytest.raises(jim.InterpreterError) as caught:
@@ -630,7 +633,6 @@ def test_what_cannot_be_a_token_is_refused_and_not_shown(token: str) -> None:
     assert token not in str(caught.value)
 
 
-@pytest.mark.servers
 def test_the_token_travels_in_the_header_only(
     server: JupyterServer, proxy: Proxy, clients: Callable[..., Client]
 ) -> None:
@@ -644,7 +646,6 @@ def test_the_token_travels_in_the_header_only(
     assert sent.count(b"Authorization: token " + token) == sent.count(token) == len(asked)
 
 
-@pytest.mark.servers
 def test_the_token_does_not_follow_a_redirect(web: Callable[..., Web]) -> None:
     thief = web({"": (200, {"Content-Type": "application/json"}, json.dumps(SPECS).encode())})
     decoy = web({"": (302, {"Location": f"{thief.url}/api/kernelspecs?x=1"}, b"")})
@@ -653,7 +654,6 @@ def test_the_token_does_not_follow_a_redirect(web: Callable[..., Web]) -> None:
     assert len(decoy.asked) >= 1 and thief.asked == []
 
 
-@pytest.mark.servers
 def test_the_token_does_not_follow_a_redirect_of_the_websocket(
     server: JupyterServer, web: Callable[..., Web]
 ) -> None:
@@ -665,7 +665,6 @@ def test_the_token_does_not_follow_a_redirect_of_the_websocket(
     assert "websocket" in json.loads(ended.stdout)["error"][0]
 
 
-@pytest.mark.servers
 def test_a_password_file_does_not_replace_the_token(server: JupyterServer, tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text(f"machine {LOOPBACK} login me password wrong\n")
     (tmp_path / ".netrc").chmod(0o600)
@@ -681,7 +680,6 @@ class ServerWithPath(JupyterServer):
         super().start()
 
 
-@pytest.mark.servers
 def test_a_base_url_with_a_path_works(tmp_path: Path) -> None:
     server = ServerWithPath(tmp_path, "--ServerApp.base_url=/user/me/")
     try:
@@ -693,7 +691,6 @@ def test_a_base_url_with_a_path_works(tmp_path: Path) -> None:
         server.stop()
 
 
-@pytest.mark.servers
 def test_a_server_without_a_token_works(tmp_path: Path) -> None:
     server = JupyterServer(tmp_path, token="")
     try:
@@ -726,7 +723,6 @@ class ServerWithTls(JupyterServer):
         return super().api(method, path, verify=self.authority, **options)
 
 
-@pytest.mark.servers
 def test_a_private_authority_is_trusted_with_ca_bundle_only(tmp_path: Path) -> None:
     server = ServerWithTls(tmp_path)
     try:
@@ -947,6 +943,7 @@ def test_a_folder_that_was_removed_is_made_again(
 # --- Session -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sdk
 def test_state_lasts_from_call_to_call(client: Client) -> None:
     session_id = client.run("import math\nx = 41\ndef f(n): return n + 1")["session_id"]
     result = client.run("f(x), math.floor(1.5)", session_id)
@@ -1169,6 +1166,7 @@ def test_no_restore_starts_empty_and_says_so(
     assert client.run("3", session_id)["result"] == ["3"]
 
 
+@pytest.mark.sdk
 def test_calls_on_one_session_run_in_the_order_they_came(client: Client) -> None:
     session_id = client.run("seen = []")["session_id"]
     calls = [client.start(f"seen.append({i})", session_id) for i in range(20)]
@@ -1263,6 +1261,7 @@ RESULTS: list[tuple[str, list[str]]] = [
 ]
 
 
+@pytest.mark.sdk
 @pytest.mark.parametrize(("code", "result"), RESULTS)
 def test_a_result_is_what_a_person_sees_below_the_cell(
     run: Callable[..., dict[str, Any]], code: str, result: list[str]
@@ -1291,6 +1290,7 @@ ERRORS: list[tuple[str, list[str], str]] = [
 ]
 
 
+@pytest.mark.sdk
 @pytest.mark.parametrize(("code", "result", "text"), ERRORS)
 def test_an_exception_gives_its_traceback_in_error(
     run: Callable[..., dict[str, Any]], code: str, result: list[str], text: str
@@ -1301,6 +1301,7 @@ def test_an_exception_gives_its_traceback_in_error(
     assert run("21 * 2")["result"] == ["42"]
 
 
+@pytest.mark.sdk
 def test_pictures_follow_as_image_blocks(client: Client, server: JupyterServer) -> None:
     answer = client.call(f"print('two')\n{SHOW_PIXEL}\nd.Image(base64.b64decode('{PIXEL}'))")
     blocks = answer["content"]
@@ -1312,6 +1313,7 @@ def test_pictures_follow_as_image_blocks(client: Client, server: JupyterServer) 
     assert [o["data"]["image/png"].strip() for o in outputs[1:]] == [PIXEL] * 2
 
 
+@pytest.mark.sdk
 def test_a_plot_comes_back_as_a_picture(client: Client) -> None:
     answer = client.call("import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()")
     assert answer["structuredContent"]["error"] == []
@@ -1319,6 +1321,7 @@ def test_a_plot_comes_back_as_a_picture(client: Client) -> None:
     assert base64.b64decode(picture["data"]).startswith(b"\x89PNG")
 
 
+@pytest.mark.sdk
 def test_the_tools_declare_what_they_take_and_return(client: Client) -> None:
     tools = {tool.name: tool.model_dump(by_alias=True) for tool in client.list_tools().tools}
     assert set(tools) == {"execute_code", "interrupt_execution"}
@@ -1339,6 +1342,7 @@ def test_the_tools_declare_what_they_take_and_return(client: Client) -> None:
         assert set(tool["outputSchema"]["required"]) == set(returned) and tool["description"]
 
 
+@pytest.mark.sdk
 def test_stdout_holds_json_rpc_and_nothing_else(server: JupyterServer) -> None:
     """And the list of the tools has under 2,500 characters on the wire."""
     info = {
@@ -1384,6 +1388,7 @@ def test_stdout_holds_json_rpc_and_nothing_else(server: JupyterServer) -> None:
     assert "/api/kernelspecs" in log and server.token not in log and "Traceback" not in log
 
 
+@pytest.mark.sdk
 def test_an_id_that_nobody_has_used_opens_a_session_and_says_so(
     client: Client, server: JupyterServer
 ) -> None:
@@ -1394,6 +1399,7 @@ def test_an_id_that_nobody_has_used_opens_a_session_and_says_so(
     assert sources(server.notebook(31337)) == ["x = 42\nx", "x"]
 
 
+@pytest.mark.sdk
 def test_the_largest_id_works(client: Client) -> None:
     result = client.run("42", 2**53 - 1)
     assert result["result"][-1] == "42" and result["session_id"] == 2**53 - 1
@@ -1415,6 +1421,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.sdk
 @pytest.mark.parametrize(("arguments", "name"), BAD_ARGUMENTS)
 def test_bad_arguments_get_a_tool_error_that_names_them(
     client: Client, arguments: dict[str, Any], name: str
@@ -1426,7 +1433,6 @@ def test_bad_arguments_get_a_tool_error_that_names_them(
 # --- Command line --------------------------------------------------------------------------------
 
 
-@pytest.mark.servers
 def test_version_and_help() -> None:
     assert command("--version").stdout == f"jupyter-interpreter-mcp {jim.__version__}\n"
     text = command("--help").stdout
@@ -1452,7 +1458,8 @@ def test_version_and_help() -> None:
 MALFORMED: list[tuple[list[str], dict[str, str], str]] = [
     ([], {}, "--jupyter-base-url"),
     (["--nonsense"], {}, "--nonsense"),
-    (["extra"], {}, "extra"),
+    (["extra"], {}, "unrecognized"),
+    (["--token=extra", "--token", "extra"], {}, "--token"),
     (["--timeout", "soon"], {}, "--timeout"),
     (["--timeout", "-1"], {}, "--timeout"),
     (["--timeout", "nan"], {}, "--timeout"),
@@ -1473,7 +1480,7 @@ def test_unknown_flags_and_malformed_values_exit_with_2(
     url = ["--jupyter-base-url", "http://localhost:1"] if flags or environment else []
     ended = command(*url, *flags, **environment)
     assert (ended.returncode, ended.stdout) == (2, "") and name in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert "Traceback" not in ended.stderr and "extra" not in ended.stderr
 
 
 HTML_PAGE = (200, {"Content-Type": "text/html"}, b"<html>Hello")
@@ -1510,7 +1517,6 @@ FAILURES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-@pytest.mark.servers
 @pytest.mark.parametrize("cause", FAILURES)
 def test_each_cause_of_a_failed_start_is_one_clear_sentence(
     cause: str, server: JupyterServer, web: Callable[..., Web]
@@ -1531,7 +1537,6 @@ def test_each_cause_of_a_failed_start_is_one_clear_sentence(
     assert server.token not in ended.stderr
 
 
-@pytest.mark.servers
 def test_a_token_over_plain_http_to_another_machine_earns_a_warning() -> None:
     ended = command(
         "--jupyter-base-url", "http://no-such-host.invalid", "--jupyter-token", "s3cret"
@@ -1543,7 +1548,6 @@ def test_a_token_over_plain_http_to_another_machine_earns_a_warning() -> None:
 FOLDER = "import os; os.path.basename(os.getcwd())"
 
 
-@pytest.mark.servers
 @pytest.mark.parametrize(
     "settings", [("file",), ("file", "variable"), ("file", "variable", "flag")]
 )
@@ -1560,7 +1564,6 @@ def test_a_flag_beats_a_variable_beats_the_file(
     assert json.loads(ended.stdout)["result"] == [f"'from-{settings[-1]}'"], ended
 
 
-@pytest.mark.servers
 def test_only_our_own_names_are_read_from_the_file(server: JupyterServer, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
         "HTTP_PROXY=http://127.0.0.1:1\nREQUESTS_CA_BUNDLE=/no/such/file\nOTHER=1\nPATH=\n"
@@ -1581,7 +1584,6 @@ EXECUTIONS: list[tuple[str, str, list[str], str, int]] = [
 ]
 
 
-@pytest.mark.servers
 def test_execute_runs_one_cell_and_prints_the_result(server: JupyterServer) -> None:
     for code, stdin, result, error, status in EXECUTIONS:
         ended = command(*flags_for(server), "--execute", code, stdin=stdin)
@@ -1594,7 +1596,6 @@ def test_execute_runs_one_cell_and_prints_the_result(server: JupyterServer) -> N
     assert json.loads(again.stdout) == {"result": ["42"], "error": [], "session_id": session_id}
 
 
-@pytest.mark.servers
 def test_execute_names_the_step_that_failed(other_kernels: JupyterServer) -> None:
     ended = command(*flags_for(other_kernels), "--kernel-name", "broken", "--execute", "1")
     assert ended.returncode == 1 and "kernel" in json.loads(ended.stdout)["error"][0].lower()
@@ -1603,7 +1604,6 @@ def test_execute_names_the_step_that_failed(other_kernels: JupyterServer) -> Non
     assert json.loads(ended.stdout)["result"] == ["42"]
 
 
-@pytest.mark.servers
 @pytest.mark.parametrize("folder", ["a/b c/é", "{root}/absolute/deep", ".", "x/../y/"])
 def test_the_notebooks_folder_is_made_and_used(server: JupyterServer, folder: str) -> None:
     given = folder.format(root=server.root)
@@ -1620,7 +1620,6 @@ def test_the_notebooks_folder_is_made_and_used(server: JupyterServer, folder: st
     assert (used / f"{result['session_id']}.ipynb").exists()
 
 
-@pytest.mark.servers
 def test_an_absolute_folder_leaves_no_kernel_behind(server: JupyterServer) -> None:
     before = {kernel["id"] for kernel in server.api("GET", "kernels").json()}
     flags = [*flags_for(server), "--notebooks-folder"]
@@ -1629,7 +1628,6 @@ def test_an_absolute_folder_leaves_no_kernel_behind(server: JupyterServer) -> No
     assert {kernel["id"] for kernel in server.api("GET", "kernels").json()} == before
 
 
-@pytest.mark.servers
 def test_local_runs_a_server_of_its_own(tmp_path: Path) -> None:
     code = "import os; 'JUPYTER_TOKEN' in os.environ"  # which the kernel need not know
     nowhere = {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": ""}  # which is not asked
@@ -1641,7 +1639,6 @@ def test_local_runs_a_server_of_its_own(tmp_path: Path) -> None:
     assert [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info)] == []
 
 
-@pytest.mark.servers
 def test_the_local_server_ends_with_the_command_however_that_ends(tmp_path: Path) -> None:
     client = Client(None, "--local", str(tmp_path))
     assert client.run("21 * 2")["result"] == ["42"]
@@ -1660,7 +1657,6 @@ def test_kernels_stay_when_the_mcp_server_exits(
     assert run_as_person(server, server.kernel_id(session_id), "x") == "42"
 
 
-@pytest.mark.servers
 def test_the_package_is_used_without_the_sdk() -> None:
     """Other agents copy the file and call its classes; they need not have `mcp`."""
     check = (
@@ -1669,6 +1665,7 @@ def test_the_package_is_used_without_the_sdk() -> None:
     assert command("-c", check, program=[sys.executable]).stdout == "[]\n"
 
 
+@pytest.mark.sdk
 def test_the_copied_file_runs_alone(server: JupyterServer, tmp_path: Path) -> None:
     copy = [sys.executable, str(shutil.copy(jim.__file__, tmp_path / "copied.py"))]
     assert command("--version", program=copy, cwd=tmp_path).stdout.endswith(f"{jim.__version__}\n")
@@ -1679,7 +1676,6 @@ def test_the_copied_file_runs_alone(server: JupyterServer, tmp_path: Path) -> No
     client.close()
 
 
-@pytest.mark.servers
 def test_the_script_metadata_asks_for_what_the_package_needs() -> None:
     source = Path(jim.__file__)
     inline = re.search(r"(?m)^# dependencies = (\[.*\])$", source.read_text())
@@ -2692,6 +2688,7 @@ def local(local_folder: Path) -> Iterator[Client]:
 # --- Time ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_code_that_outlives_its_call_goes_on_and_the_rest_comes_once_in_full(trial: Trial) -> None:
     with within(10):
@@ -2710,6 +2707,7 @@ def test_code_that_outlives_its_call_goes_on_and_the_rest_comes_once_in_full(tri
     trial.survived()
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_timeout_zero_starts_the_code_and_returns_at_once(trial: Trial) -> None:
     with within(3):
@@ -2747,6 +2745,7 @@ def test_empty_code_waits_as_long_as_its_own_timeout(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_new_code_for_a_busy_session_is_not_run_if_its_time_is_over_first(trial: Trial) -> None:
     trial.begin("wait()\nprint('end')", timeout=0).result(20)
@@ -2795,6 +2794,7 @@ def test_a_run_that_nobody_collects_is_saved_when_it_ends(
     mortal.survived()
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_progress_comes_at_least_every_5_s_with_the_newest_line(
     clients: Callable[..., Client], tmp_path: Path
@@ -2899,6 +2899,7 @@ finally:
 """
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_a_cancelled_call_interrupts_the_kernel(trial: Trial) -> None:
     call = trial.begin("print('before')" + SLEEPS, until="sleeps")
@@ -2909,6 +2910,7 @@ def test_a_cancelled_call_interrupts_the_kernel(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_a_cancelled_bash_call_ends_with_its_children(trial: Trial) -> None:
     trial.client.run(trial.code(""), trial.session_id)
@@ -2922,6 +2924,7 @@ def test_a_cancelled_bash_call_ends_with_its_children(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_a_cancelled_call_that_waits_is_withdrawn_and_stops_nothing(trial: Trial) -> None:
     running = trial.begin("wait()\nprint('end')")
@@ -2936,6 +2939,7 @@ def test_a_cancelled_call_that_waits_is_withdrawn_and_stops_nothing(trial: Trial
     assert not trial.told("late")
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_an_interrupt_returns_the_rest_of_the_output_and_keeps_variables(trial: Trial) -> None:
     call = trial.begin("print('before', flush=True)" + SLEEPS, until="sleeps", timeout=1)
@@ -2947,6 +2951,7 @@ def test_an_interrupt_returns_the_rest_of_the_output_and_keeps_variables(trial: 
     trial.survived()
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_an_interrupt_while_a_call_waits_ends_that_call(trial: Trial) -> None:
     call = trial.begin("print('before')" + SLEEPS, until="sleeps")
@@ -2969,6 +2974,7 @@ def test_an_interrupt_with_nothing_running_leaves_the_session_as_it_is(trial: Tr
     trial.survived()
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_an_interrupt_of_a_session_that_nobody_opened_says_so(client: Client) -> None:
     with within(5):
@@ -3718,6 +3724,7 @@ def assert_goes_on(trial: Trial, clients: Callable[..., Client]) -> None:
     trial.survived()
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_a_client_that_goes_away_leaves_its_code_running_and_finds_it_in_the_notebook(
     clients: Callable[..., Client], tmp_path: Path, server: JupyterServer
@@ -3738,6 +3745,7 @@ def test_a_client_that_goes_away_leaves_its_code_running_and_finds_it_in_the_not
     assert_goes_on(trial, clients)
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_and_leaves_code_running_and_its_output_saved(
@@ -3762,6 +3770,7 @@ def test_a_signal_ends_the_command_and_leaves_code_running_and_its_output_saved(
     assert_goes_on(trial, clients)
 
 
+@pytest.mark.sdk
 @pytest.mark.faults
 def test_stdout_carries_json_rpc_and_nothing_else(server: JupyterServer) -> None:
     cells = ["print('out')", "1 / 0", "ls", "import os\nos._exit(1)", "x = 1\x1b[0m", "'\\udc80'"]
@@ -3813,7 +3822,7 @@ def test_stdout_carries_json_rpc_and_nothing_else(server: JupyterServer) -> None
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.load)])
+@pytest.mark.parametrize("count", [120, pytest.param(1000, marks=pytest.mark.load)])
 def test_calls_that_wait_keep_their_order(trial: Trial, server: JupyterServer, count: int) -> None:
     trial.client.run(trial.code("seen = []"), trial.session_id)
     calls = [
@@ -3835,15 +3844,15 @@ def test_calls_that_wait_keep_their_order(trial: Trial, server: JupyterServer, c
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("calls", [3, pytest.param(20, marks=pytest.mark.load)])
+@pytest.mark.parametrize(("rounds", "calls"), [(10, 3), pytest.param(50, 20, marks=pytest.mark.load)])
 def test_threads_and_descriptors_do_not_leak(
-    clients: Callable[..., Client], network: Network, tmp_path: Path, calls: int
+    clients: Callable[..., Client], network: Network, tmp_path: Path, rounds: int, calls: int
 ) -> None:
-    """After many calls, 50 cancelled ones and 20 dropped connections."""
+    """After many calls, up to 50 cancelled ones and 20 dropped connections."""
     far = Trial(clients(url=network.url), tmp_path)
     process = psutil.Process(far.client.pid)
     before = (process.num_threads(), process.num_fds())
-    for n in range(50):
+    for n in range(rounds):
         mark = far.folder / f"cancelled{n}"
         code = f"import pathlib, time\npathlib.Path({str(mark)!r}).touch()\ntime.sleep(100)"
         call = far.client.start(code, far.session_id)
@@ -3861,7 +3870,7 @@ def test_threads_and_descriptors_do_not_leak(
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(50, marks=pytest.mark.faults), pytest.param(100, marks=pytest.mark.load)]
+    "count", [pytest.param(16, marks=pytest.mark.faults), pytest.param(100, marks=pytest.mark.load)]
 )
 def test_many_sessions_at_once_each_get_their_own(
     clients: Callable[..., Client], own_server: JupyterServer, count: int
@@ -3873,7 +3882,7 @@ def test_many_sessions_at_once_each_get_their_own(
     ids = [o["session_id"] for o in opened]
     assert len(set(ids)) == count and {len(str(i)) for i in ids} == {10}
     code = "import time\ntime.sleep(1)\nprint(own)"
-    with within(count / 3):  # one after the other they would take `count` seconds
+    with within(max(10, count / 3)):  # one after the other they would take `count` seconds
         slept = [outcome(call) for call in [client.start(code, i) for i in ids]]
     assert [(o["result"], o["error"]) for o in slept] == [([str(n)], []) for n in range(count)]
 
@@ -3905,7 +3914,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelGateway]
     gateway.stop()
 
 
-@pytest.mark.servers
 def test_a_bare_kernel_gateway_has_sessions_and_a_warning_that_no_notebook_is_kept(
     gateway: KernelGateway, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3926,7 +3934,6 @@ def test_a_bare_kernel_gateway_has_sessions_and_a_warning_that_no_notebook_is_ke
     assert "starts empty" in again["result"][0]
 
 
-@pytest.mark.servers
 def test_a_server_in_front_of_a_gateway_keeps_notebooks_and_restores(
     gateway: KernelGateway, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -3951,7 +3958,6 @@ def test_a_server_in_front_of_a_gateway_keeps_notebooks_and_restores(
         front.stop()
 
 
-@pytest.mark.servers
 def test_https_and_wss_need_the_private_ca_by_flag_or_variable(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -4015,7 +4021,6 @@ class ConnectProxy(Proxy):
         self._pump(*pair, True)
 
 
-@pytest.mark.servers
 def test_the_usual_proxy_variables_count_for_rest_and_websocket(
     server: JupyterServer, clients: Callable[..., Client]
 ) -> None:
@@ -4034,7 +4039,6 @@ def test_the_usual_proxy_variables_count_for_rest_and_websocket(
     proxy.close()
 
 
-@pytest.mark.servers
 def test_a_kernel_of_another_language_gets_its_cells_unchanged(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -4270,8 +4274,8 @@ def timed(client: Client, code: str, session_id: int = 0) -> tuple[float, dict[s
 
 @pytest.fixture(scope="module")
 def fast_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
-    """A Jupyter server without rate limits."""
-    server = JupyterServer(tmp_path_factory.mktemp("bench"), *NO_LIMITS)
+    """A Jupyter server without rate limits, which speaks with its kernels as `ZeroMQ` does."""
+    server = JupyterServer(tmp_path_factory.mktemp("bench"), *NO_LIMITS, transport="tcp")
     yield server
     server.stop()
 
