@@ -1000,11 +1000,11 @@ class Session:
 
     # For callers: submit, wait for run.done, collect; or execute, which does all three.
 
-    def submit(self, code: str) -> Run:
-        """Queue code; returns at once. Empty code waits for what runs before it."""
+    def submit(self, code: str, place: int = sys.maxsize) -> Run:
+        """Queue code, at the end or at a place; returns at once. Empty code waits for its turn."""
         run = Run(code, self.path)
         with self._changed:
-            self._runs.append(run)
+            self._runs.insert(place, run)
             if not self._works:
                 threading.Thread(target=self._work, daemon=True).start()
                 self._works = True
@@ -1066,7 +1066,8 @@ class Session:
             if not kernel_id:
                 raise NotFound(f"Session {self.session_id} has no kernel: nothing runs")
             self.client.command(kernel_id, "interrupt")
-            run = self.submit("\n")  # collects what the interrupted code leaves; may restore
+            # Next in turn, it collects what the interrupted code leaves; and may restore.
+            run = self.submit("\n", 1 + sum(each.done.done() for each in self._runs))
             if not wait([run.done], INTERRUPT_S).done and restart and not self._owner.closing:
                 self.client.command(kernel_id, "restart", RESTART_S - INTERRUPT_S)
                 self.kernel.lost = "The kernel was restarted as asked."

@@ -1277,7 +1277,7 @@ def test_a_result_is_what_a_person_sees_below_the_cell(
 ERRORS: list[tuple[str, list[str], str]] = [
     ("print(1)\n1 / 0", ["1"], "ZeroDivisionError: division by zero"),
     ("def f():\n    return missing\nf()", [], "NameError: name 'missing' is not defined"),
-    ("x = (1,", [], "SyntaxError"),
+    ("x = )", [], "SyntaxError"),
     ("raise KeyError('a\\x1b[31mb')", [], "KeyError"),
     ("raise SystemExit(3)", [], "SystemExit: 3"),
     ("raise KeyboardInterrupt", [], "KeyboardInterrupt"),
@@ -2961,6 +2961,21 @@ def test_an_interrupt_while_a_call_waits_ends_that_call(trial: Trial) -> None:
     whole = text_of(stopped) + text_of(ended)
     assert ended["error"] and whole.count("before\n") <= 1
     assert "before" in whole and "KeyboardInterrupt" in whole
+    trial.survived()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_interrupt_stops_what_runs_and_not_what_waits(trial: Trial, restart: bool) -> None:
+    waiting = "tell('next')\nwait()\nprint('next')"
+    stopped = trial.begin("tell('runs')\ntime.sleep(100)", until="runs")
+    call = trial.client.start(waiting, trial.session_id)
+    with within(5):
+        assert trial.client.interrupt(trial.session_id, restart=restart)["error"] == []
+    assert "KeyboardInterrupt" in outcome(stopped)["error"][0]
+    eventually(lambda: trial.told("next"))
+    trial.open_gate()
+    assert (outcome(call)["result"], outcome(call)["error"]) == (["next"], [])
     trial.survived()
 
 
