@@ -397,8 +397,7 @@ def render(items: list[dict[str, Any]], most: int) -> tuple[list[str], list[tupl
         texts[-1].append(clean(item_text(item)))
         for mime in [mime for mime in IMAGE_TYPES if mime in item.get("data", ())][:1]:
             data = "".join("".join(item["data"][mime]).split())
-            size = len(data) * 3 // 4
-            sent = size <= IMAGE_BYTES and len(images) < most
+            sent = (size := len(data) * 3 // 4) <= IMAGE_BYTES and len(images) < most
             images += [(mime, data)] if sent else []
             why = f"only {IMAGES_SENT} pictures of {IMAGE_BYTES:,} bytes are sent"
             texts[-1] += [] if sent else [f"\n[{mime}, {size:,} bytes, is in the notebook: {why}]"]
@@ -625,11 +624,11 @@ class Kernel:
         self.language_info: dict[str, Any] = {}
         # has_helper: it is IPython; ready: connected, and in the state that its user expects
         self.has_helper, self.ready, self.lost = False, False, ""
-        self._execution_count, self._made_at = 0, time.monotonic()
-        self._patience_s = STARTS_S  # with its websocket, the first time
+        # patience: with its websocket, the first time
+        self._execution_count, self._made_at, self._patience_s = 0, time.monotonic(), STARTS_S
         self._ws: websocket.WebSocket | None = None
-        self._binary = False
-        self._ours = self.client_session_id  # begins the client session ids whose output is ours
+        # ours: begins the client session ids whose output is ours
+        self._binary, self._ours = False, self.client_session_id
         # heard: a message came, or was sent; asked: over REST; pieces: of a message in parts
         self._heard_at, self._asked_at, self._pieces = 0.0, 0.0, 0
         self.requests: dict[str, Request] = {}  # that are not done
@@ -951,7 +950,7 @@ STATES = {
 }
 RESTORED = "Session {} was restored, its kernel was gone: {} cells of {} ran again in {:.1f} s; {}"
 KILLS_AGAIN = "; if its cells kill it again, edit {}, or use another session_id"
-STILL = """Still {0} after {1:g} s; nothing is lost, it goes on. execute_code with code="" and \
+STILL = """Still running after {1:g} s (now {0}); nothing is lost. execute_code with code="" and \
 session_id={2} waits for the rest, interrupt_execution with session_id={2} stops it"""
 NOT_RUN = """Not run: earlier code was still running after {1:g} s. execute_code with code="" and \
 session_id={2} waits for it, interrupt_execution with session_id={2} stops it; then send it again"""
@@ -1031,8 +1030,7 @@ class Session:
             ahead = self._runs[: self._runs.index(run)]
             behind = run.stage == "waiting" and not all(each.done.done() for each in ahead)
             run.withdrawn = behind or (run.stage == QUEUED and timeout_s > 0)
-            runs = [each for each in ahead if each.abandoned and (waits or not run.withdrawn)]
-            runs.append(run)
+            runs = [x for x in ahead if x.abandoned and (waits or not run.withdrawn)] + [run]
             for each in runs:
                 mark = "" if waits or each is run else "[from earlier code] "
                 shown, pictures = render(each.outputs.take_new(), IMAGES_SENT - len(images))
@@ -1279,14 +1277,20 @@ class Session:
         if self._owner.keeps_notebook:  # the kernel works meanwhile, so this look costs no time
             with contextlib.suppress(NotebookError, ServerError):
                 self._notebook.check()
-        reply, answer = self.kernel.wait(run.request), run.request.answer
-        if "cell" in answer:
-            run.cell["source"] = answer["cell"]
-            run.request = self.kernel.execute(answer["cell"])
-            reply, answer = self.kernel.wait(run.request), {}
-        run.cell["execution_count"] = None if "error" in answer else reply.get("execution_count")
+        reply = self.kernel.wait(run.request)
+        if cell := run.request.answer.get("cell"):
+            run.cell["source"], run.request = cell, self.kernel.execute(cell)
+            reply = self.kernel.wait(run.request)
+        # what the helper answers has no number: the user's count goes on without it
+        run.cell["execution_count"] = None if run.request.answer else reply.get("execution_count")
         if reply.get("status") != "ok":
             self._fail(run, item_text(error_output(reply)), reply)
+        for payload in reply.get("payload") or ():
+            if payload.get("source") == "page":  # help, as of `x?`: shown below the cell
+                self._hear({"header": {"msg_type": "display_data"}, "content": payload})
+            elif payload.get("source") == "ask_exit" and not payload.get("keepkernel"):
+                self.client.command(self.kernel.kernel_id, "restart", KERNEL_TIMEOUT_S)
+                raise KernelDied("The code ended its kernel, as by exit or quit.")
 
     def _save(self, run: Run) -> None:
         """The cell into the notebook; while it runs, with what there is."""
@@ -1354,7 +1358,7 @@ class Interpreter:
 
 # --- Bash ----------------------------------------------------------------------------------------
 
-HELPER_VERSION = 2  # raised with each change of HELPER: a newer helper replaces an older one
+HELPER_VERSION = 3  # raised with each change of HELPER: a newer helper replaces an older one
 
 # Lives in the kernel as a module of its own, so nothing of it is in the user's namespace; runs on
 # the kernel's Python, 3.8 or later. Its answers travel in the execute_reply's payload, which no
@@ -1402,12 +1406,12 @@ def as_python(code, runs):  # the cell to run as Python, or None: it is bash
             if not re.search("^%", text, re.M):  # else a line within a string was taken for one
                 break
     rest = code[PREFIX.match(code).end():]
-    runs_always = re.match(r"[$>]|[\w.:-]+[ \t]*\([ \t]*\)", rest)  # $x, > file, a function
-    word = ":" if runs_always else re.match(r"[^\s;|&<>()]*", rest)[0]
+    runs_always = re.match(r"[$>]|\.\.?/|~/|[\w.:-]+[ \t]*\([ \t]*\)", rest)  # $x, > f, ./f, f()
+    word = ":" if runs_always else re.match(r"[^\s;|&<>()\0]*", rest)[0]
     python = word in PYTHON_ONLY or re.match(r"\S+[ \t]+=", rest)
     if tree is not None:  # then bash only if it begins with an expression's name, and that unknown
-        first = re.match(r"(?:\s|#.*\n)*[A-Za-z_]\w*(?=[\s;|&<>]|\Z)", code)
-        python = python or cell != code or not first or not isinstance(tree.body[0], ast.Expr)
+        first = re.match(r"(?:\s|#.*\n)*[A-Za-z_]\w*(?=[\s;|&<>]|\Z)", cell)
+        python = python or not first or not isinstance(tree.body[0], ast.Expr)
         python = python or word in {*vars(builtins), *shell.user_ns}
     return cell if python or not runs(word) else None
 def environment():
@@ -1630,8 +1634,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             action.default = on if action.nargs == 0 else value
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # in short: what is no flag may be a token
-        shown = [re.sub(r"(?s)^[^-].*|=.*", "...", word) for word in unknown]
-        parser.error(f"unrecognized arguments: {' '.join(shown)}")
+        parser.error("unrecognized: " + re.sub(r"(^| )[^-]\S*|=\S*", " ...", " ".join(unknown)))
     limits = {"timeout": (0, 1e9), "max_output": (1, TEXT_KEPT), "session_id": (0, MAX_SESSION_ID)}
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:

@@ -1290,6 +1290,11 @@ ERRORS: list[tuple[str, list[str], str]] = [
 ]
 
 
+def test_help_of_ipython_is_shown(run: Callable[..., dict[str, Any]]) -> None:
+    shown = run("len?")
+    assert "Return the number of items" in shown["result"][0] and shown["error"] == []
+
+
 @pytest.mark.sdk
 @pytest.mark.parametrize(("code", "result", "text"), ERRORS)
 def test_an_exception_gives_its_traceback_in_error(
@@ -1738,6 +1743,8 @@ RULE_1 = [
 ]
 # Rule 2: what compiles is Python, unless it begins with a name that only bash knows.
 RULE_2 = [
+    ("cd .\npip --version", BASH),
+    ("date # and then\npip --version", BASH),
     ("x = 1", PYTHON),
     ("print(1)", PYTHON),
     ("21 * 2", PYTHON),
@@ -1797,6 +1804,9 @@ RULE_2 = [
 ]
 # Rule 3: what does not compile is bash if bash can parse it and run its first word.
 RULE_3 = [
+    ("./no-such-script.sh --flag", BASH),  # bash says why it cannot run it
+    ("~/no-such-script.sh a b", BASH),
+    ("ls\0 -d .", BASH),
     ("echo hi", BASH),
     ("echo 'it''s'", BASH),
     ("git --version", BASH),
@@ -1841,7 +1851,6 @@ RULE_3 = [
     ("$SHELL --version || echo", BASH),
     ("select_me=1 :", BASH),
     ("echo 'a\nb'", BASH),
-    ("./no-such-script.sh --flag", PYTHON),
     ("nosuchcommand --long option", PYTHON),
     ("Hello there, what is this?", PYTHON),
     ("foo bar baz", PYTHON),
@@ -3286,6 +3295,17 @@ def test_a_kernel_that_ends_before_it_says_anything_is_not_called_unreached(
         restored = mortal.client.run("kept", mortal.session_id)
         assert "ran again" in restored["result"][0] and restored["result"][1:] == ["5"], restored
     mortal.client.run(mortal.code(""), mortal.session_id)
+    mortal.survived()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("code", ["exit()", "print('bye')\nquit()"])
+def test_code_that_ends_its_kernel_says_so_and_is_not_run_again(mortal: Trial, code: str) -> None:
+    ended = mortal.client.run(mortal.code(code), mortal.session_id)
+    assert ended["result"] == ([] if code == "exit()" else ["bye"])
+    assert "exit or quit" in ended["error"][0] and "next call restores" in ended["error"][0]
+    after = mortal.client.run("print(kept)", mortal.session_id)
+    assert (is_report(after["result"][0], 1), after["result"][1:]) == (True, ["5"])
     mortal.survived()
 
 
