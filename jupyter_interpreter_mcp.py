@@ -653,7 +653,7 @@ class Kernel:
     def drop(self) -> None:
         self.ready, ws, self._ws = False, self._ws, None
         if ws is not None:
-            ws.shutdown()  # type: ignore[no-untyped-call]
+            ws.shutdown()  # type: ignore[no-untyped-call]  # the library has no annotation for it
 
     def close(self) -> None:
         """Close so that nothing is on its way: send Close, then read to the server's Close."""
@@ -1632,9 +1632,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if value := environment.get("JUPYTER_INTERPRETER_" * (not plain) + action.dest.upper()):
             on = value.lower() in ("1", "true", "yes", "on")
             action.default = on if action.nargs == 0 else value
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:  # in short: what is no flag may be a token
-        parser.error("unrecognized: " + re.sub(r"(^| )[^-]\S*|=\S*", " ...", " ".join(unknown)))
+    args, rest = parser.parse_known_args(argv)
+    if rest:  # in short: what is no flag may be a token
+        parser.error("unrecognized: " + re.sub(r"(?<!\S)(?!--\w)\S+|=\S*", "...", " ".join(rest)))
     limits = {"timeout": (0, 1e9), "max_output": (1, TEXT_KEPT), "session_id": (0, MAX_SESSION_ID)}
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:

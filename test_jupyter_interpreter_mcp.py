@@ -1464,7 +1464,7 @@ MALFORMED: list[tuple[list[str], dict[str, str], str]] = [
     ([], {}, "--jupyter-base-url"),
     (["--nonsense"], {}, "--nonsense"),
     (["extra"], {}, "unrecognized"),
-    (["--token=extra", "--token", "extra"], {}, "--token"),
+    (["--token=extra b", "--token", "extra", "-extra"], {}, "--token"),
     (["--timeout", "soon"], {}, "--timeout"),
     (["--timeout", "-1"], {}, "--timeout"),
     (["--timeout", "nan"], {}, "--timeout"),
