@@ -84,11 +84,10 @@ STARTS_S = 30.0  # a kernel whose websocket is not answered by then hangs: it is
 KERNEL_TIMEOUT_S = 60.0  # for a kernel to start, or to connect to one again
 TICK_S = 0.5  # how often a waiting thread looks up: closing? kernel lost? time to save?
 SILENCE_S = 2.0  # no message for so long: ask over REST, a deleted kernel's websocket is silent
-TRUSTED_S = 5.0  # a kernel that said something so recently is there
 LOST_S = 10.0  # a busy kernel that has not begun our request for so long: connect again
 IDLE_S = 30.0  # an unused websocket is closed; the server drops one that is not read for 90 s
 SAVE_EVERY_S = 10.0  # a cell that runs on is saved so often, for whoever opens the notebook
-FRESH_S = 1.0  # how long "nobody else changed the file" is believed
+FRESH_S = 1.0  # so long we believe what we saw: the kernel is there, nobody changed the file
 PROGRESS_S = 5.0  # between two progress notifications
 INTERRUPT_S = 5.0  # how long an interrupt may take before we say that it did not work
 RESTART_S = 14.5  # the same for an interrupt and a restart together
@@ -195,7 +194,7 @@ class Request:
         self.heard = True
         self.idle |= message["content"].get("execution_state") == "idle"
         if message["channel"] == "shell":
-            self.reply = message["content"]
+            self.reply = {k: v for k, v in message["content"].items() if v is not None}
             payload = message["content"].get("payload") or []
             self.answer = next((p for p in payload if p.get("source") == HELPER_NAME), {})
             if text := self.answer.get("error"):  # of a command: as if the reply said so
@@ -259,7 +258,7 @@ def shorten(texts: list[str], limit: int, note: str) -> list[str]:
     return kept
 
 
-RATE_LIMITED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or \
+DROPPED = """Output is missing, the Jupyter server dropped it: {} Print less per second, or \
 write to a file and read parts of it; or start the server with higher limits, \
 --ZMQChannelsWebsocketConnection.iopub_data_rate_limit=1e10 and .iopub_msg_rate_limit=1e10"""
 DISPLAYS = ("display_data", "execute_result", "update_display_data")
@@ -297,7 +296,7 @@ class Outputs:
         elif msg_type in DISPLAYS:
             self._add_data(msg_type, content)
         elif re.match(r"IOPub (data|message) rate exceeded", content.get("text", "")):
-            self.lost = RATE_LIMITED.format(content["text"])
+            self.lost = DROPPED.format(content["text"])
         elif msg_type == "stream":
             self._add_text(content["name"], content["text"])
 
@@ -618,10 +617,9 @@ class Kernel:
         self, client: RemoteJupyterClient, kernel_id: str, on_output: Callable[[Message], None],
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self.client, self.kernel_id = client, kernel_id
+        self.client, self.kernel_id, self.language_info = client, kernel_id, dict[str, Any]()
         self._on_output, self._tick = on_output, tick
         self.client_session_id = f"{PROGRAM}-{secrets.token_hex(16)}"
-        self.language_info: dict[str, Any] = {}
         # has_helper: it is IPython; ready: connected, and in the state that its user expects
         self.has_helper, self.ready, self.lost = False, False, ""
         # patience: with its websocket, the first time
@@ -672,7 +670,7 @@ class Kernel:
         their code goes on, and nobody else would collect it. Raises what `open` and `wait` do.
         """
         self.open()
-        self._ours = PROGRAM
+        self._ours, self.language_info = PROGRAM, {}
         request = self.send({}, "kernel_info_request")
         request.idle = request.harmless = True  # it can say so before anybody listens
         info = self.wait(request)
@@ -706,10 +704,12 @@ class Kernel:
         When the kernel is idle although the request is not done, or seems to be busy with something
         else: send a greeting behind it. When that is not answered, too, or the websocket breaks:
         connect again as the same client, then send a greeting. The kernel takes one request after
-        the other, so once the greeting is answered, nothing more comes for those before it.
+        the other, so once the greeting is answered, nothing more comes for those before it. A
+        request that has its reply by then, but is not idle, lost some of its output: ZeroMQ drops
+        what a server that is too busy does not take.
 
         Raises:
-            KernelDied: Its state is gone. ConnectionLost: The end was missed, or it never began.
+            KernelDied: Its state is gone. ConnectionLost: The reply was missed, or it never began.
             ServerUnreachable: The connection did not come back within KERNEL_TIMEOUT_S.
         Source: Messaging in Jupyter, "Execution results", "Kernel status".
         """
@@ -719,7 +719,8 @@ class Kernel:
             if self.lost:
                 raise KernelDied(self.lost)
             if greeting is not None and greeting.done():
-                raise self._missed(request, greeting)
+                self._judge(request, greeting)
+                break
             try:
                 if not self._read(TICK_S) and self._is_stuck(request, greeting):
                     if greeting is not None and greeting.idle:  # a kernel that gives no replies
@@ -732,7 +733,7 @@ class Kernel:
                 self.open(again=True)
                 greeting = self.greeting(None)
         reply = request.reply or {}
-        self._execution_count = reply.get("execution_count") or self._execution_count
+        self._execution_count = reply.get("execution_count", self._execution_count)
         return reply
 
     def check(self) -> None:
@@ -740,11 +741,12 @@ class Kernel:
         has a dead websocket. Raises ConnectionLost, KernelDied."""
         while self._read(0.0):
             pass
-        if time.monotonic() - self._heard_at > TRUSTED_S:
+        if time.monotonic() - self._heard_at > FRESH_S:
             greeting = self.greeting(None)
             while not greeting.done():
                 if not self._read(SILENCE_S):
                     raise ConnectionLost("The kernel does not answer")
+            self._judge(greeting, greeting)
 
     def greeting(self, mark: str | None) -> Request:
         """Send what tells the kernel's state, which then is `mark`; None leaves it as it is."""
@@ -771,21 +773,24 @@ class Kernel:
         hangs = not request.heard and now_s - self._made_at > KERNEL_TIMEOUT_S
         if state == "dead" or (state == "starting" and hangs):
             raise KernelDied("The kernel died and could not be restarted, or it hangs.")
-        # Neither heard nor asked for: 2 s; one of them: 10 s; both: as long as it likes.
-        enough_s = (SILENCE_S, LOST_S, float("inf"))[request.heard + (greeting is not None)]
-        return bool(state == "idle" or now_s - self._heard_at > enough_s)
+        # Idle: 2 s. Busy, neither with the request nor asked by a greeting: 2 s; one of them: 10 s;
+        # both: as long as it likes. Starting: the server calls it idle then, after a restart.
+        waits = 0 if state == "idle" else (request.heard and not request.reply) + bool(greeting)
+        enough_s = (SILENCE_S, LOST_S, 1e9)[waits] if self.language_info else STARTS_S
+        return now_s - self._heard_at > enough_s
 
-    def _missed(self, request: Request, greeting: Request) -> KernelError:
-        """Why a request that was overtaken by a greeting will not be done."""
-        count = (greeting.reply or {}).get("execution_count") or 0
+    def _judge(self, request: Request, greeting: Request) -> None:
+        """What a greeting says about the kernel, and a request that it overtook: raise that."""
+        count = (greeting.reply or {}).get("execution_count", self._execution_count)
         if greeting.answer.get("state", "ready") != "ready" or count < self._execution_count:
-            return KernelDied("The kernel was restarted.")
+            raise KernelDied("The kernel was restarted.")
         last = greeting.answer.get("last")
         request.heard |= count > self._execution_count or last == request.msg_id
         text = "the kernel had not taken the code. Call again"
         if request.heard:
             text = "the code has ended, but output is missing and whether it failed is not known"
-        return ConnectionLost(f"The connection broke: {text}")
+        if request.reply is None:
+            raise ConnectionLost(f"The connection broke: {text}")
 
     def _read(self, timeout_s: float) -> bool:
         """Take one message, if one comes in time."""
@@ -798,8 +803,8 @@ class Kernel:
                 raise ConnectionLost("closed by the server")
         except (websocket.WebSocketTimeoutException, BlockingIOError, ssl.SSLWantReadError):
             pieces = len(self._ws.frame_buffer.recv_buffer) if self._ws is not None else 0
-            if pieces > self._pieces:  # a large message is on its way: that is no silence
-                self._heard_at = time.monotonic()
+            # more of a large message came: that is no silence
+            self._heard_at = time.monotonic() if pieces > self._pieces else self._heard_at
             self._pieces = pieces
             return False
         except (ConnectionLost, websocket.WebSocketException, OSError) as err:
@@ -948,7 +953,7 @@ STATES = {
     "used": "The kernel of session {} was restarted and used by somebody: no cell ran again",
     "restored": "Another process restored session {}: its cells ran again",
 }
-RESTORED = "Session {} was restored, its kernel was gone: {} cells of {} ran again in {:.1f} s; {}"
+RESTORED = "Session {} was restored, its kernel was gone: {} cells of {} ran again in {:.1f} s{}"
 KILLS_AGAIN = "; if its cells kill it again, edit {}, or use another session_id"
 STILL = """Still running after {1:g} s (now {0}); nothing is lost. execute_code with code="" and \
 session_id={2} waits for the rest, interrupt_execution with session_id={2} stops it"""
@@ -1047,10 +1052,6 @@ class Session:
         result = [new for old, new in zip(texts, kept, strict=False) if new or not old]
         error = [text for text in kept[len(texts) :] if text]
         return Result(result, error, self.session_id, images, run.not_run)
-
-    def cancel(self, run: Run) -> None:
-        """Nobody waits any more: withdraw the run, or have it interrupted. Returns at once."""
-        run.abandoned = run.withdrawn = True
 
     def interrupt(self, *, restart: bool = False) -> Result:
         """Interrupt what runs, and hand back the rest of its output.
@@ -1257,10 +1258,9 @@ class Session:
         replies = {n: kernel.wait(request) for n, request in requests.items()}
         kernel.wait(end)
         kernel.wait(kernel.greeting("ready"))  # else whoever comes next would tell of it again
-        failed = [str(n) for n, reply in replies.items() if reply.get("status") != "ok"]
-        failures = f"failed: cells {', '.join(failed)}" if failed else "none failed"
+        failed = "".join(f"; cell {n} failed" for n in replies if replies[n].get("status") != "ok")
         took = time.monotonic() - started
-        run.notes.append(RESTORED.format(self.session_id, len(again), self.path, took, failures))
+        run.notes.append(RESTORED.format(self.session_id, len(again), self.path, took, failed))
 
     def _send(self, code: str, *, ask: bool) -> tuple[Request, str]:
         """Send a cell as itself; or to the helper a script, or what that shall decide if asked.
@@ -1283,6 +1283,8 @@ class Session:
             reply = self.kernel.wait(run.request)
         # what the helper answers has no number: the user's count goes on without it
         run.cell["execution_count"] = None if run.request.answer else reply.get("execution_count")
+        if not run.request.idle:
+            run.outputs.lost = run.outputs.lost or DROPPED.format("it was too busy, or broke.")
         if reply.get("status") != "ok":
             self._fail(run, item_text(error_output(reply)), reply)
         for payload in reply.get("payload") or ():
@@ -1573,8 +1575,8 @@ def serve(interpreter: Interpreter) -> None:
         future = asyncio.wrap_future(run.done)
         try:
             await wait_for(session, future, timeout_s, ctx)
-        except asyncio.CancelledError:
-            session.cancel(run)
+        except asyncio.CancelledError:  # nobody waits any more: not run, or interrupted if it runs
+            run.abandoned = run.withdrawn = True
             raise
         return tool_result(session.collect(run, timeout_s))
 

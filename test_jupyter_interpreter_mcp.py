@@ -3392,6 +3392,59 @@ def test_a_kernel_that_somebody_ends_over_rest_is_told_within_5_s(
 
 
 @pytest.mark.faults
+def test_a_kernel_that_was_killed_by_a_restart_without_a_word_is_restored(
+    mortal: Trial, server: JupyterServer
+) -> None:
+    """A kernel that hangs, between two cells: it cannot say that it is shut down, and is killed."""
+    pid = int(mortal.client.run("import os\nos.getpid()", mortal.session_id)["result"][0])
+    os.kill(pid, signal.SIGSTOP)
+    assert server.api("POST", f"kernels/{server.kernel_id(mortal.session_id)}/restart").ok
+    restored = mortal.client.run("kept", mortal.session_id)
+    assert (is_report(restored["result"][0], 2), restored["result"][1:]) == (True, ["5"]), restored
+    mortal.client.run(mortal.code(""), mortal.session_id)
+    mortal.survived()
+
+
+def add_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *argv: str) -> None:
+    """A kernel specification for the Jupyter servers that this test starts."""
+    spec = {"argv": [*argv, "-f", "{connection_file}"], "display_name": name, "language": "python"}
+    (folder / "kernels" / name).mkdir(parents=True)
+    (folder / "kernels" / name / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(folder))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("by", ["a person", "interrupt_execution", "a crash"])
+def test_a_kernel_that_takes_long_to_start_again_is_waited_for(
+    clients: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """As on a busy machine or a network drive. The server calls it idle meanwhile."""
+    slow = f"""import pathlib, time; from ipykernel.kernelapp import main
+seen = pathlib.Path({str(tmp_path)!r}, "seen")
+if seen.exists(): time.sleep(5)
+seen.touch(); main()"""
+    add_kernel(tmp_path / "share", monkeypatch, "slow", sys.executable, "-c", slow)
+    server = JupyterServer(tmp_path / "server")
+    client = clients("--kernel-name", "slow", server=server)
+    session_id = client.run("kept = 5")["session_id"]
+    if by == "a person":
+        assert server.api("POST", f"kernels/{server.kernel_id(session_id)}/restart").ok
+    elif by == "a crash":
+        assert "kernel died" in text_of(client.run("import os\nos._exit(1)", session_id))
+    else:
+        stubborn = "import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True:\n    pass"
+        client.run(stubborn, session_id, timeout=1)
+        said = text_of(client.interrupt(session_id, restart=True))
+        assert "restart" in said and "Not run" not in said, said
+    restored = client.run("kept", session_id)
+    assert (restored["result"][-1:], restored["error"]) == (["5"], []), restored
+    assert [cell["source"] for cell in server.notebook(session_id)["cells"]][-1] == "kept"
+    again = client.run("kept + 1", session_id)
+    assert (again["result"], again["error"]) == (["6"], [])
+    server.stop()
+
+
+@pytest.mark.faults
 def test_a_cell_is_not_run_into_the_ground_by_the_restore_of_the_one_that_kills(
     mortal: Trial,
 ) -> None:
@@ -3455,6 +3508,46 @@ def test_output_that_the_server_drops_is_told_with_the_name_of_the_limit(
     eventually(works)
     trial.survived()
     server.stop()
+
+
+def wait_until_idle(connection_file: Path) -> None:
+    """Returns when a kernel has sent all that it has to say; its Jupyter server is not asked."""
+    listener = BlockingKernelClient(connection_file=str(connection_file))
+    listener.load_connection_file()
+    listener.start_channels()
+
+    def is_idle() -> bool:
+        sent, state = listener.kernel_info(), ""
+        with suppress(queue.Empty):
+            while state != "idle":
+                message = listener.get_iopub_msg(timeout=1)
+                if message["parent_header"].get("msg_id") == sent:
+                    state = message["content"].get("execution_state", "")
+        return state == "idle"
+
+    eventually(is_idle, 30)
+    listener.stop_channels()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("end", ["", "raise ValueError('the reason')"])
+def test_output_that_a_stalled_server_did_not_take_is_told_and_the_outcome_is_known(
+    own_server: JupyterServer, clients: Callable[..., Client], tmp_path: Path, end: str
+) -> None:
+    """ZeroMQ drops what is beyond its queues, the end of the cell's output with it; not the reply."""
+    trial = Trial(clients(server=own_server), tmp_path)
+    kernel_id = own_server.kernel_id(trial.session_id)
+    call = trial.begin(f"wait()\nfor n in range(5_000):\n    print(n, flush=True)\n{end}")
+    own_server.process.send_signal(signal.SIGSTOP)
+    trial.open_gate()
+    wait_until_idle(own_server.runtime / f"kernel-{kernel_id}.json")
+    own_server.process.send_signal(signal.SIGCONT)
+    flooded = outcome(call)
+    assert flooded["result"][0].startswith("0\n1\n2\n"), flooded
+    *failed, missing = flooded["error"]
+    assert missing.startswith("Output is missing") and "not known" not in missing
+    assert ["the reason" in text for text in failed] == [True] * bool(end), failed
+    trial.survived()
 
 
 LONG = {
@@ -4075,23 +4168,10 @@ def test_the_usual_proxy_variables_count_for_rest_and_websocket(
 
 
 def test_a_kernel_of_another_language_gets_its_cells_unchanged(
-    clients: Callable[..., Client], tmp_path: Path
+    clients: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = tmp_path / "share"
-    subprocess.run(
-        [sys.executable, "-m", "bash_kernel.install", "--prefix", str(kernels)], check=True
-    )
-    path = str(kernels / "share" / "jupyter")
-
-    class BashServer(JupyterServer):
-        def start(self) -> None:
-            os.environ["JUPYTER_PATH"] = path
-            try:
-                super().start()
-            finally:
-                del os.environ["JUPYTER_PATH"]
-
-    server = BashServer(tmp_path / "jupyter")
+    add_kernel(tmp_path / "share", monkeypatch, "bash", sys.executable, "-m", "bash_kernel")
+    server = JupyterServer(tmp_path / "jupyter")
     try:
         client = clients("--kernel-name", "bash", server=server)
         first = client.run("x=41; echo first")
@@ -4107,8 +4187,12 @@ def test_a_kernel_of_another_language_gets_its_cells_unchanged(
         assert restored["result"][-1] == "41" and "ran again" in restored["result"][0]
         kernel = f"kernels/{server.kernel_id(session_id)}"
         server.api("POST", f"{kernel}/restart").raise_for_status()
-        again = client.run("echo $x", session_id)
-        assert again["result"][-1] == "41" and "ran again" in again["result"][0], again
+        again = client.run("echo $x $PPID", session_id)
+        assert "ran again" in text_of(again) and again["result"][-1].startswith("41 "), again
+        os.kill(int(again["result"][-1].split()[1]), signal.SIGSTOP)  # it hangs
+        server.api("POST", f"{kernel}/restart").raise_for_status()
+        hung = client.run("echo $x", session_id)
+        assert "ran again" in text_of(hung) and hung["result"][-1] == "41", hung
     finally:
         server.stop()
 
