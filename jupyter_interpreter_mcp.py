@@ -624,18 +624,19 @@ class Kernel:
         self.has_helper, self.ready, self.lost = False, False, ""
         # patience: with its websocket, the first time
         self._execution_count, self._made_at, self._patience_s = 0, time.monotonic(), STARTS_S
-        self._ws: websocket.WebSocket | None = None
         # ours: begins the client session ids whose output is ours
-        self._binary, self._ours = False, self.client_session_id
+        self._ws, self._binary, self._ours = websocket.WebSocket(), False, self.client_session_id
         # heard: a message came, or was sent; asked: over REST; pieces: of a message in parts
         self._heard_at, self._asked_at, self._pieces = 0.0, 0.0, 0
+        # missing: how many messages did not come; expected: the next number, by who gave it
+        self.missing, self._expected = 0, dict[str, int]()
         self.requests: dict[str, Request] = {}  # that are not done
 
     def open(self, *, again: bool = False) -> None:
         """Connect; `again`: and go on trying. Raises KernelDied if it is gone, ServerError."""
         self.close()
         deadline, self._patience_s = time.monotonic() + self._patience_s, KERNEL_TIMEOUT_S
-        while self._ws is None:
+        while not self._ws.connected:
             left_s, name = max(1.0, deadline - time.monotonic()), self.client_session_id
             try:
                 self._ws = self.client.open_websocket(self.kernel_id, name, left_s)
@@ -649,9 +650,8 @@ class Kernel:
         self._binary = (self._ws.getheaders() or {}).get("sec-websocket-protocol") == SUBPROTOCOL
 
     def drop(self) -> None:
-        self.ready, ws, self._ws = False, self._ws, None
-        if ws is not None:
-            ws.shutdown()  # type: ignore[no-untyped-call]  # the library has no annotation for it
+        self.ready, self._expected = False, {}
+        self._ws.shutdown()  # type: ignore[no-untyped-call]  # the library has no annotation for it
 
     def close(self) -> None:
         """Close so that nothing is on its way: send Close, then read to the server's Close."""
@@ -795,14 +795,12 @@ class Kernel:
     def _read(self, timeout_s: float) -> bool:
         """Take one message, if one comes in time."""
         try:
-            if self._ws is None:
-                raise ConnectionLost("closed")
             self._ws.settimeout(timeout_s)
             opcode, frame = self._ws.recv_data()
             if opcode == websocket.ABNF.OPCODE_CLOSE:
                 raise ConnectionLost("closed by the server")
         except (websocket.WebSocketTimeoutException, BlockingIOError, ssl.SSLWantReadError):
-            pieces = len(self._ws.frame_buffer.recv_buffer) if self._ws is not None else 0
+            pieces = len(self._ws.frame_buffer.recv_buffer)
             # more of a large message came: that is no silence
             self._heard_at = time.monotonic() if pieces > self._pieces else self._heard_at
             self._pieces = pieces
@@ -822,10 +820,9 @@ class Kernel:
     def _transmit(self, frame: bytes, opcode: int) -> None:
         """Send one frame. If that fails, the next `_read` says so, and `wait` connects again."""
         with contextlib.suppress(websocket.WebSocketException, OSError):
-            if self._ws is not None:
-                self._ws.settimeout(HTTP_TIMEOUT_S)
-                self._ws.send(frame, opcode)
-                return
+            self._ws.settimeout(HTTP_TIMEOUT_S)
+            self._ws.send(frame, opcode)
+            return
         self.drop()  # never half a frame, then another
 
     def _take(self, message: Message) -> None:
@@ -839,6 +836,12 @@ class Kernel:
             request.note(message)
             if request.done():
                 del self.requests[request.msg_id]
+        # ZeroMQ drops without a word what a server does not take in time; ipykernel numbers all
+        # that it sends. Replies to others do not come here: one for each time it is busy for them.
+        if at := re.fullmatch(r"(.+)_(\d+)", message["header"].get("msg_id", "")):
+            number, theirs = int(at[2]), state == "busy" and request is None
+            self.missing += number - self._expected.get(at[1], number) - theirs
+            self._expected[at[1]] = number + 1
         # others' are skipped: a person may work here, too
         if message["channel"] == "iopub" and (parent.get("session") or "").startswith(self._ours):
             self._on_output(message)
@@ -1254,9 +1257,8 @@ class Session:
         run.stage, started, kernel = "restoring", time.monotonic(), self.kernel
         again = {n: source_of(cell) for n, cell in enumerate(cells, 1) if was_run(cell)}
         requests = {n: self._send(source, ask=False)[0] for n, source in again.items()}
-        end = kernel.execute(CALL % 'hello("restored")' if kernel.has_helper else "", silent=True)
+        kernel.execute(CALL % 'hello("restored")' if kernel.has_helper else "", silent=True)
         replies = {n: kernel.wait(request) for n, request in requests.items()}
-        kernel.wait(end)
         kernel.wait(kernel.greeting("ready"))  # else whoever comes next would tell of it again
         failed = "".join(f"; cell {n} failed" for n in replies if replies[n].get("status") != "ok")
         took = time.monotonic() - started
@@ -1273,7 +1275,7 @@ class Session:
         return self.kernel.execute(call, store_history=False), shown
 
     def _run_cell(self, run: Run) -> None:
-        run.request, run.cell["source"] = self._send(run.code, ask=True)
+        had, (run.request, run.cell["source"]) = self.kernel.missing, self._send(run.code, ask=True)
         if self._owner.keeps_notebook:  # the kernel works meanwhile, so this look costs no time
             with contextlib.suppress(NotebookError, ServerError):
                 self._notebook.check()
@@ -1283,7 +1285,7 @@ class Session:
             reply = self.kernel.wait(run.request)
         # what the helper answers has no number: the user's count goes on without it
         run.cell["execution_count"] = None if run.request.answer else reply.get("execution_count")
-        if not run.request.idle:
+        if not run.request.idle or self.kernel.missing - had > 9:
             run.outputs.lost = run.outputs.lost or DROPPED.format("it was too busy, or broke.")
         if reply.get("status") != "ok":
             self._fail(run, item_text(error_output(reply)), reply)
@@ -1655,6 +1657,7 @@ app.initialize(["--ip=127.0.0.1", "--port=0", "--allow-root", "--log-level=ERROR
 del os.environ["JUPYTER_TOKEN"]  # the kernels need not know it
 threading.Thread(target=lambda: (sys.stdin.read(), app.stop()), daemon=True).start()
 app.io_loop.add_callback(print, app.connection_url, flush=True)
+app.kernel_manager.context.rcvhwm = 0  # drops nothing: it has no rate limits either
 app.io_loop.add_callback(os.dup2, 2, 1)  # nobody reads the pipe any more
 app.start()"""
 

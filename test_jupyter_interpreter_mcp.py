@@ -3550,6 +3550,30 @@ def test_output_that_a_stalled_server_did_not_take_is_told_and_the_outcome_is_kn
     trial.survived()
 
 
+@pytest.mark.faults
+def test_output_that_was_dropped_from_the_middle_is_told(
+    own_server: JupyterServer, clients: Callable[..., Client], tmp_path: Path
+) -> None:
+    """The beginning and the end are there, and nothing else says that something lacks."""
+    trial = Trial(clients(server=own_server), tmp_path)
+    call = trial.begin(
+        "wait()\nfor n in range(5_000):\n    print(n, flush=True)\ntell('printed')\n"
+        "while not (folder / 'noticed').exists():\n    time.sleep(0.01)\nprint('end')"
+    )
+    own_server.process.send_signal(signal.SIGSTOP)
+    trial.open_gate()
+    eventually(lambda: trial.told("printed"))
+    own_server.process.send_signal(signal.SIGCONT)
+    assert own_server.api("GET", "kernels").ok
+    (tmp_path / "noticed").touch()
+    dropped = outcome(call)
+    text = dropped["result"][0]
+    assert text.startswith("0\n1\n2\n") and text.endswith("end") and text.count("\n") < 5_000
+    (missing,) = dropped["error"]
+    assert missing.startswith("Output is missing")
+    trial.survived()
+
+
 LONG = {
     "printed": ("print('h' * 100_000 + 'é' * 100_000)", "h" * 100_000 + "é" * 100_000),
     "value": ("'v' * 200_000", repr("v" * 200_000)),
