@@ -956,7 +956,7 @@ STATES = {
     "used": "The kernel of session {} was restarted and used by somebody: no cell ran again",
     "restored": "Another process restored session {}: its cells ran again",
 }
-RESTORED = "Session {} was restored, its kernel was gone: {} cells of {} ran again in {:.1f} s{}"
+RESTORED = "Session {} was restored (new kernel): {} cells of {} ran again in {:.1f} s; failed: {}"
 KILLS_AGAIN = "; if its cells kill it again, edit {}, or use another session_id"
 STILL = """Still running after {1:g} s (now {0}); nothing is lost. execute_code with code="" and \
 session_id={2} waits for the rest, interrupt_execution with session_id={2} stops it"""
@@ -1260,7 +1260,7 @@ class Session:
         kernel.execute(CALL % 'hello("restored")' if kernel.has_helper else "", silent=True)
         replies = {n: kernel.wait(request) for n, request in requests.items()}
         kernel.wait(kernel.greeting("ready"))  # else whoever comes next would tell of it again
-        failed = "".join(f"; cell {n} failed" for n in replies if replies[n].get("status") != "ok")
+        failed = ", ".join(str(n) for n in replies if replies[n].get("status") != "ok") or "none"
         took = time.monotonic() - started
         run.notes.append(RESTORED.format(self.session_id, len(again), self.path, took, failed))
 
