@@ -838,7 +838,7 @@ class Kernel:
                 del self.requests[request.msg_id]
         # ZeroMQ drops without a word what a server does not take in time; ipykernel numbers all
         # that it sends. Replies to others do not come here: one for each time it is busy for them.
-        if at := re.fullmatch(r"(.+)_(\d+)", message["header"].get("msg_id", "")):
+        if self.has_helper and (at := re.fullmatch(r"(.+)_(\d+)", message["header"]["msg_id"])):
             number, theirs = int(at[2]), state == "busy" and request is None
             self.missing += number - self._expected.get(at[1], number) - theirs
             self._expected[at[1]] = number + 1
