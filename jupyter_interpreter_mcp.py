@@ -738,10 +738,11 @@ class Kernel:
 
     def check(self) -> None:
         """Before code is sent: read what came meanwhile; is the kernel there? A laptop that slept
-        has a dead websocket. Raises ConnectionLost, KernelDied."""
+        has a dead websocket, and kernels of other languages do not tell that they were restarted.
+        Raises ConnectionLost, KernelDied."""
         while self._read(0.0):
             pass
-        if time.monotonic() - self._heard_at > FRESH_S:
+        if not self.has_helper or time.monotonic() - self._heard_at > FRESH_S:
             greeting = self.greeting(None)
             while not greeting.done():
                 if not self._read(SILENCE_S):
@@ -827,7 +828,7 @@ class Kernel:
 
     def _take(self, message: Message) -> None:
         """Sort one message; nothing waits in here."""
-        parent, state = message["parent_header"], message["content"].get("execution_state")
+        parent, state = message["parent_header"] or {}, message["content"].get("execution_state")
         if not parent and state in ("restarting", "dead"):
             raise KernelDied("The kernel died: it crashed, ran out of memory or was killed.")
         if message["header"]["msg_type"] == "shutdown_reply":

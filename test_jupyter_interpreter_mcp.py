@@ -4191,6 +4191,17 @@ def test_the_usual_proxy_variables_count_for_rest_and_websocket(
     proxy.close()
 
 
+def test_a_message_without_a_parent_belongs_to_nobody(client: Client) -> None:
+    """xeus kernels send some, with null in place of the parent's header."""
+    code = """kernel = get_ipython().kernel
+lonely = kernel.session.msg("stream", {"name": "stdout", "text": "lonely"})
+kernel.session.send(kernel.iopub_socket, {**lonely, "parent_header": None})
+print("after")"""
+    answer = client.run(code)
+    assert (answer["result"], answer["error"]) == (["after"], [])
+    assert client.run("1", answer["session_id"])["result"] == ["1"]
+
+
 def test_a_kernel_of_another_language_gets_its_cells_unchanged(
     clients: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
