@@ -781,7 +781,8 @@ class Kernel:
         return now_s - self._heard_at > enough_s
 
     def _judge(self, request: Request, greeting: Request) -> None:
-        """What a greeting says about the kernel, and a request that it overtook: raise that."""
+        """Raise what a greeting's answer says: the kernel was restarted, or this request, which the
+        greeting overtook, has no reply and will get none. Else only its output may be missing."""
         count = (greeting.reply or {}).get("execution_count", self._execution_count)
         if greeting.answer.get("state", "ready") != "ready" or count < self._execution_count:
             raise KernelDied("The kernel was restarted.")
@@ -1286,6 +1287,7 @@ class Session:
             reply = self.kernel.wait(run.request)
         # what the helper answers has no number: the user's count goes on without it
         run.cell["execution_count"] = None if run.request.answer else reply.get("execution_count")
+        # a few numbers can lack without a loss: hooks of display may drop what they were given
         if not run.request.idle or self.kernel.missing - had > 9:
             run.outputs.lost = run.outputs.lost or DROPPED.format("it was too busy, or broke.")
         if reply.get("status") != "ok":

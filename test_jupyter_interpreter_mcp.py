@@ -3535,7 +3535,7 @@ def wait_until_idle(connection_file: Path) -> None:
 def test_output_that_a_stalled_server_did_not_take_is_told_and_the_outcome_is_known(
     own_server: JupyterServer, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
-    """ZeroMQ drops what is beyond its queues, the end of the cell's output with it; not the reply."""
+    """ZeroMQ drops what is beyond its queues, the end of the cell with it; not the reply."""
     trial = Trial(clients(server=own_server), tmp_path)
     kernel_id = own_server.kernel_id(trial.session_id)
     body = "for n in range(5_000):\n    print(n, flush=True)\nraise ValueError('the reason')"
@@ -3559,7 +3559,8 @@ def test_output_that_was_dropped_from_the_middle_is_told(
     trial = Trial(clients(server=own_server), tmp_path)
     call = trial.begin(
         "wait()\nfor n in range(5_000):\n    print(n, flush=True)\ntell('printed')\n"
-        "while not (folder / 'noticed').exists():\n    time.sleep(0.05)\n    print('end', flush=True)"
+        "while not (folder / 'noticed').exists():\n"
+        "    time.sleep(0.05)\n    print('end', flush=True)"
     )
     own_server.process.send_signal(signal.SIGSTOP)
     trial.open_gate()
