@@ -487,6 +487,7 @@ class RemoteJupyterClient:
         self._auth = {"Authorization": f"token {token}"} if token else no_token
         # An adapter, not a session: no ~/.netrc in place of the token, no cookies, no redirects.
         self._http = requests.adapters.HTTPAdapter(pool_maxsize=100)
+        self.drop_connections = self._http.close  # where one is dead, the others may be as dead
         proxies = requests.utils.get_environ_proxies(base_url)
         self._options: Any = {"verify": self.ca_bundle, "proxies": proxies}
 
@@ -518,10 +519,6 @@ class RemoteJupyterClient:
         elif response.ok and answer is not None:
             return answer
         raise failure(what, f"status {status} {detail or response.reason}")
-
-    def drop_connections(self) -> None:
-        """Keep none of the connections: where one is dead, the others may be as dead."""
-        self._http.close()
 
     def kernelspecs(self) -> dict[str, Any]:
         """{"default": name, "kernelspecs": {name: ...}}: the cheapest request with a token."""
@@ -1296,7 +1293,8 @@ class Session:
             if payload.get("source") == "page":  # help, as of `x?`: shown below the cell
                 self._hear({"header": {"msg_type": "display_data"}, "content": payload})
             elif payload.get("source") == "ask_exit" and not payload.get("keepkernel"):
-                self.client.command(self.kernel.kernel_id, "restart", KERNEL_TIMEOUT_S)
+                with contextlib.suppress(ServerError):  # then it ends a moment later
+                    self.client.command(self.kernel.kernel_id, "restart", KERNEL_TIMEOUT_S)
                 raise KernelDied("The code ended its kernel, as by exit or quit.")
 
     def _save(self, run: Run) -> None:
@@ -1618,8 +1616,8 @@ def read_env_file() -> dict[str, str]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; what is not given comes from the environment, then from .env."""
     more = "Defaults: variables (JUPYTER_BASE_URL, JUPYTER_TOKEN, JUPYTER_INTERPRETER_...) and .env"
-    parser = argparse.ArgumentParser(PROGRAM, None, __doc__.partition("\n")[0], more)
-    add = parser.add_argument
+    cli = argparse.ArgumentParser(PROGRAM, None, __doc__.splitlines()[0], more, allow_abbrev=False)
+    add = cli.add_argument
     add("--jupyter-base-url", metavar="URL", help="the server: http(s)://HOST[:PORT][/PATH]")
     add("--jupyter-token", metavar="TOKEN", default="", help="its token")
     add("--notebooks-folder", metavar="DIR", default="notebooks", help="on the server (notebooks)")
@@ -1634,20 +1632,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--verbose", action="store_true", help="log each request to stderr")
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     environment = {**read_env_file(), **os.environ}
-    for action in parser._actions[1:-1]:  # without --help and --version
+    for action in cli._actions[1:-1]:  # without --help and --version
         plain = action.dest in ("jupyter_base_url", "jupyter_token", "notebooks_folder")
         if value := environment.get("JUPYTER_INTERPRETER_" * (not plain) + action.dest.upper()):
             on = value.lower() in ("1", "true", "yes", "on")
             action.default = on if action.nargs == 0 else value
-    args, rest = parser.parse_known_args(argv)
+    args, rest = cli.parse_known_args(argv)
     if rest:  # in short: what is no flag may be a token
-        parser.error("unrecognized: " + re.sub(r"(?<!\S)(?!--\w)\S+|=\S*", "...", " ".join(rest)))
+        cli.error("unrecognized: " + re.sub(r"(?<!\S)(?!--\w)\S+|=\S*", "...", " ".join(rest)))
     limits = {"timeout": (0, 1e9), "max_output": (1, TEXT_KEPT), "session_id": (0, MAX_SESSION_ID)}
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be from {least} to {most:.0f}")
+            cli.error(f"--{name.replace('_', '-')} must be from {least} to {most:.0f}")
     if not args.jupyter_base_url and args.local is None:
-        parser.error("--jupyter-base-url is missing (or JUPYTER_BASE_URL, or --local)")
+        cli.error("--jupyter-base-url is missing (or JUPYTER_BASE_URL, or --local)")
     return args
 
 

@@ -706,8 +706,6 @@ class ServerWithTls(JupyterServer):
     """Serves HTTPS with a certificate of a private authority."""
 
     def __init__(self, folder: Path) -> None:
-        import trustme
-
         self.authority, leaf = str(folder / "ca.pem"), trustme.CA()
         leaf.cert_pem.write_to_path(self.authority)
         certificate = leaf.issue_cert(LOOPBACK)
@@ -726,9 +724,13 @@ class ServerWithTls(JupyterServer):
 def test_a_private_authority_is_trusted_with_ca_bundle_only(tmp_path: Path) -> None:
     server = ServerWithTls(tmp_path)
     try:
-        refused = command(*flags_for(server), "--execute", "1")
-        assert refused.returncode == 1 and "--ca-bundle" in refused.stderr
-        assert refused.stderr.count("\n") == 1 and refused.stdout == ""
+        other = str(tmp_path / "other.pem")
+        trustme.CA().cert_pem.write_to_path(other)
+        for wrong in ([], ["--ca-bundle", other]):
+            refused = command(*flags_for(server), *wrong, "--execute", "1")
+            assert refused.returncode == 1 and "--ca-bundle" in refused.stderr
+            assert refused.stderr.count("\n") == 1 and refused.stdout == ""
+            assert server.token not in refused.stderr
         for way in (["--ca-bundle", server.authority], []):
             environment = {} if way else {"REQUESTS_CA_BUNDLE": server.authority}
             ended = command(*flags_for(server), *way, "--execute", "21 * 2", **environment)
@@ -1040,19 +1042,6 @@ def test_a_kernel_deleted_while_its_code_runs_is_noticed_and_restored(
     assert is_report(result["result"][0], 1) and result["result"][1:] == ["42"]
 
 
-def test_sessions_outlive_the_jupyter_server(
-    own_server: JupyterServer, clients: Callable[..., Client]
-) -> None:
-    client = clients(server=own_server)
-    session_id = make_session(client, "server")
-    own_server.stop()
-    away = client.call("x", session_id)
-    assert away["isError"] and own_server.url in away["structuredContent"]["error"][0]
-    assert away["structuredContent"]["result"] == []
-    own_server.start()
-    assert_restored(client, own_server, session_id, "server")
-
-
 def test_a_result_that_was_delivered_survives_everything(
     clients: Callable[..., Client], server: JupyterServer
 ) -> None:
@@ -1192,37 +1181,6 @@ def test_sessions_opened_in_the_same_instant_are_different_and_run_at_once(
     assert len(ids) == count and {len(str(number)) for number in ids} == {10}
     for number in ids:  # ten kernels less for the tests that follow
         server.api("DELETE", f"kernels/{server.kernel_id(number)}").raise_for_status()
-
-
-class Gateway(JupyterServer):
-    """A Kernel Gateway: kernels and nothing else."""
-
-    def command(self) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "kernel_gateway",
-            f"--KernelGatewayApp.ip={LOOPBACK}",
-            f"--KernelGatewayApp.port={self.port}",
-            f"--KernelGatewayApp.auth_token={self.token}",
-            "--KernelGatewayApp.port_retries=0",
-        ]
-
-
-def test_without_a_contents_api_sessions_work_and_a_warning_says_what_is_missing(
-    tmp_path: Path, clients: Callable[..., Client]
-) -> None:
-    gateway = Gateway(tmp_path)
-    try:
-        ended = command(*flags_for(gateway), "--execute", "21 * 2")
-        assert json.loads(ended.stdout)["result"] == ["42"], ended
-        assert "notebook" in ended.stderr and ended.stderr.count("\n") == 1
-        client = clients(server=gateway)
-        session_id = client.run("x = 41")["session_id"]
-        result = client.run("x + 1", session_id)
-        assert result == {"result": ["42"], "error": [], "session_id": session_id}
-    finally:
-        gateway.stop()
 
 
 # --- Tools ---------------------------------------------------------------------------------------
@@ -1465,6 +1423,8 @@ MALFORMED: list[tuple[list[str], dict[str, str], str]] = [
     (["--nonsense"], {}, "--nonsense"),
     (["extra"], {}, "unrecognized"),
     (["--token=extra b", "--token", "extra", "-extra"], {}, "--token"),
+    (["--jupyter=extra"], {}, "--jupyter"),
+    (["--jupyter-tok", "extra"], {}, "--jupyter-tok"),
     (["--timeout", "soon"], {}, "--timeout"),
     (["--timeout", "-1"], {}, "--timeout"),
     (["--timeout", "nan"], {}, "--timeout"),
@@ -3310,6 +3270,24 @@ def test_code_that_ends_its_kernel_says_so_and_is_not_run_again(mortal: Trial, c
 
 
 @pytest.mark.faults
+def test_code_that_ends_its_kernel_is_not_run_again_when_the_restart_fails(
+    network: Network, far_side: tuple[Network, Client, int], tmp_path: Path, server: JupyterServer
+) -> None:
+    trial = Trial(far_side[1], tmp_path, far_side[2])
+    pid = int(trial.client.run("import os\nos.getpid()", trial.session_id)["result"][0])
+    network.on_client = lambda data: b"/restart " not in data
+    ended = trial.client.run(trial.code("exit()"), trial.session_id)
+    network.on_client = lambda data: True
+    assert "exit or quit" in ended["error"][0] and "next call restores" in ended["error"][0]
+    cell = server.notebook(trial.session_id)["cells"][-1]
+    assert cell["outputs"][-1]["ename"] == "KernelDied", cell
+    eventually(lambda: not psutil.pid_exists(pid), 30)
+    after = trial.client.run("print(kept)", trial.session_id)
+    assert (is_report(after["result"][0], 2), after["result"][1:]) == (True, ["5"]), after
+    trial.survived()
+
+
+@pytest.mark.faults
 def test_a_kernel_that_is_killed_from_outside_is_told_within_5_s(mortal: Trial) -> None:
     pid = int(mortal.client.run("import os\nos.getpid()", mortal.session_id)["result"][0])
     call = mortal.begin("print('before', flush=True)\nwait()", timeout=30)
@@ -3617,15 +3595,15 @@ def test_the_limit_counts_for_the_call_and_its_errors_are_kept(trial: Trial) -> 
 
 @pytest.mark.faults
 def test_up_to_16_mb_of_the_full_text_are_kept(local: Client, local_folder: Path) -> None:
-    cut = local.run("for n in range(300_000):\n    print('%07d' % n + '.' * 92)")
+    cut = local.run("for n in range(30_000):\n    print('%07d' % n + '.' * 992)")
     assert cut["error"] == [] and len(text_of(cut)) < 51_000
     assert cut["result"][0].startswith("0000000...") and cut["result"][-1].endswith(".")
-    assert "0299999" in cut["result"][-1]
+    assert "0029999" in cut["result"][-1]
     path = re.search(r"[\w./-]+\.txt", text_of(cut))
     assert path is not None
     text = (local_folder / path[0]).read_text()
     assert 15_000_000 < len(text) < 18_000_000
-    assert text.startswith("0000000...") and "0299999" in text[-200:]
+    assert text.startswith("0000000...") and "0029999" in text[-2000:]
     left_out = re.search(r"([\d,]+) characters left out", text_of(cut))
     assert left_out is not None
     assert abs(int(left_out[1].replace(",", "")) - (30_000_000 - 50_000)) < 5_000
@@ -4024,20 +4002,18 @@ def test_threads_and_descriptors_do_not_leak(
     eventually(lambda: process.num_fds() <= before[1] + 5, 45)
 
 
-@pytest.mark.parametrize(
-    "count", [pytest.param(16, marks=pytest.mark.faults), pytest.param(100, marks=pytest.mark.load)]
-)
-def test_many_sessions_at_once_each_get_their_own(
-    clients: Callable[..., Client], own_server: JupyterServer, count: int
+@pytest.mark.load
+def test_100_sessions_at_once_each_get_their_own(
+    clients: Callable[..., Client], own_server: JupyterServer
 ) -> None:
-    client = clients(server=own_server)
+    client, count = clients(server=own_server), 100
     calls = [client.start(f"own = {n}", timeout=300) for n in range(count)]
     opened = [outcome(call, 330) for call in calls]
     assert [o["error"] for o in opened] == [[]] * count
     ids = [o["session_id"] for o in opened]
     assert len(set(ids)) == count and {len(str(i)) for i in ids} == {10}
     code = "import time\ntime.sleep(1)\nprint(own)"
-    with within(max(10, count / 3)):  # one after the other they would take `count` seconds
+    with within(count / 3):  # one after the other they would take `count` seconds
         slept = [outcome(call) for call in [client.start(code, i) for i in ids]]
     assert [(o["result"], o["error"]) for o in slept] == [([str(n)], []) for n in range(count)]
 
@@ -4072,12 +4048,9 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelGateway]
 def test_a_bare_kernel_gateway_has_sessions_and_a_warning_that_no_notebook_is_kept(
     gateway: KernelGateway, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
-    flags = ["--jupyter-base-url", gateway.url, f"--jupyter-token={gateway.token}"]
-    ended = subprocess.run(
-        [*COMMAND, *flags, "--execute", "6 * 7"], capture_output=True, text=True, timeout=60
-    )
+    ended = command(*flags_for(gateway), "--execute", "6 * 7")
     assert json.loads(ended.stdout)["result"] == ["42"] and ended.returncode == 0
-    assert "no contents API" in ended.stderr and "Traceback" not in ended.stderr
+    assert "no contents API" in ended.stderr and ended.stderr.count("\n") == 1
     client = clients(server=gateway)
     session_id = client.run("x = 1")["session_id"]
     assert client.run("echo $((x + 2)); cd /tmp", session_id)["error"] == []
@@ -4111,35 +4084,6 @@ def test_a_server_in_front_of_a_gateway_keeps_notebooks_and_restores(
         assert clients(server=front).run("x", session_id)["result"] == ["41"]
     finally:
         front.stop()
-
-
-def test_https_and_wss_need_the_private_ca_by_flag_or_variable(
-    clients: Callable[..., Client], tmp_path: Path
-) -> None:
-    ca, other = trustme.CA(), trustme.CA()
-    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    other.cert_pem.write_to_path(str(tmp_path / "other.pem"))
-    certificate = ca.issue_cert(LOOPBACK)
-    certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
-
-    class SecureServer(JupyterServer):
-        def api(self, method: str, path: str, **options: Any) -> requests.Response:
-            self.url = f"https://{LOOPBACK}:{self.port}"
-            return super().api(method, path, verify=str(tmp_path / "ca.pem"), **options)
-
-    server = SecureServer(tmp_path / "jupyter", f"--ServerApp.certfile={tmp_path / 'server.pem'}")
-    try:
-        client = clients("--ca-bundle", str(tmp_path / "ca.pem"), server=server)
-        assert client.run("6 * 7")["result"] == ["42"]
-        variable = {"REQUESTS_CA_BUNDLE": str(tmp_path / "ca.pem")}
-        assert clients(server=server, environment=variable).run("6 * 7")["result"] == ["42"]
-        flags = ["--jupyter-base-url", server.url, f"--jupyter-token={server.token}"]
-        flags += ["--ca-bundle", str(tmp_path / "other.pem"), "--execute", "1"]
-        refused = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=60)
-        assert refused.returncode == 1 and "TLS" in refused.stderr and refused.stdout == ""
-        assert "Traceback" not in refused.stderr and server.token not in refused.stderr
-    finally:
-        server.stop()
 
 
 class ConnectProxy(Proxy):
