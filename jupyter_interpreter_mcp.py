@@ -616,7 +616,8 @@ class Kernel:
     ) -> None:
         self.client, self.kernel_id, self.language_info = client, kernel_id, dict[str, Any]()
         self._on_output, self._tick = on_output, tick
-        self.client_session_id = f"{PROGRAM}-{secrets.token_hex(16)}"
+        # name: by which the server knows the websocket, and gives back what was said between
+        self.client_session_id = self._name = f"{PROGRAM}-{secrets.token_hex(16)}"
         # has_helper: it is IPython; ready: connected, and in the state that its user expects
         self.has_helper, self.ready, self.lost = False, False, ""
         # patience: with its websocket, the first time
@@ -634,9 +635,9 @@ class Kernel:
         self.close()
         deadline, self._patience_s = time.monotonic() + self._patience_s, KERNEL_TIMEOUT_S
         while not self._ws.connected:
-            left_s, name = max(1.0, deadline - time.monotonic()), self.client_session_id
+            left_s = max(1.0, deadline - time.monotonic())
             try:
-                self._ws = self.client.open_websocket(self.kernel_id, name, left_s)
+                self._ws = self.client.open_websocket(self.kernel_id, self._name, left_s)
             except NotFound as err:
                 raise KernelDied(KERNEL_GONE) from err
             except ServerUnreachable as err:
@@ -723,6 +724,9 @@ class Kernel:
                     if greeting is not None and greeting.idle:  # a kernel that gives no replies
                         greeting.reply = {"execution_count": self._execution_count}
                     elif greeting is not None:
+                        # Connected again in vain: the server may have kept dead channels (of a
+                        # websocket that it closed after a newer one), and give them out for ever.
+                        self._name += "-" * (not self.ready)
                         raise ConnectionLost("The kernel does not answer")
                     greeting = greeting or self.greeting(None)
             except ConnectionLost:
@@ -741,9 +745,8 @@ class Kernel:
             pass
         if not self.has_helper or time.monotonic() - self._heard_at > FRESH_S:
             greeting = self.greeting(None)
-            while not greeting.done():
-                if not self._read(SILENCE_S):
-                    raise ConnectionLost("The kernel does not answer")
+            while not greeting.done() and self._read(SILENCE_S):
+                pass
             self._judge(greeting, greeting)
 
     def greeting(self, mark: str | None) -> Request:

@@ -3192,6 +3192,24 @@ def test_a_half_open_connection_does_not_hold_a_call(
 
 
 @pytest.mark.faults
+def test_a_connection_that_breaks_twice_in_5_s_does_not_leave_the_session_deaf(
+    network: Network, clients: Callable[..., Client], server: JupyterServer, tmp_path: Path
+) -> None:
+    """The first is half open. The server closes it 5 s after the second came, and keeps its channels,
+    which are dead, for the third, the fourth, ... With 2 s of patience instead of 30."""
+    code = "import jupyter_interpreter_mcp as m; m.STARTS_S, m.FRESH_S = 2, 0; raise SystemExit(m.main())"
+    far = Trial(clients(url=network.url, command=[sys.executable, "-c", code]), tmp_path)
+    kept = f"Starting buffering for {server.kernel_id(far.session_id)}"
+    so_far = server.log.read_text().count(kept)
+    network.freeze()
+    assert far.client.run("kept", far.session_id)["result"] == ["5"]
+    network.cut()
+    eventually(lambda: server.log.read_text().count(kept) > so_far, 20)
+    assert far.client.run(far.code("kept"), far.session_id)["result"] == ["5"]
+    far.survived()
+
+
+@pytest.mark.faults
 def test_a_connection_that_does_not_come_back_is_given_up_with_a_clear_error(
     network: Network, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
