@@ -2631,6 +2631,14 @@ def network(far_side: tuple[Network, Client, int]) -> Iterator[Network]:
 
 
 @pytest.fixture
+def own_network(server: JupyterServer) -> Iterator[Network]:
+    """For what would hurt the sessions that other tests keep behind theirs."""
+    network = Network(server.port)
+    yield network
+    network.close()
+
+
+@pytest.fixture
 def far(
     network: Network,
     far_side: tuple[Network, Client, int],
@@ -3189,21 +3197,24 @@ def test_a_half_open_connection_does_not_hold_a_call(
     other = far.client.run("beside", far.beside)
     assert other["result"] == ["42"] or "not run" in text_of(other).lower()
     far.survived()
+    # A break before the server has closed the old connections is the test after this one.
+    kernels = [f"kernels/{server.kernel_id(number)}" for number in (far.session_id, far.beside)]
+    eventually(lambda: {server.api("GET", k).json()["connections"] for k in kernels} == {1}, 20)
 
 
 @pytest.mark.faults
 def test_a_connection_that_breaks_twice_in_5_s_does_not_leave_the_session_deaf(
-    network: Network, clients: Callable[..., Client], server: JupyterServer, tmp_path: Path
+    own_network: Network, clients: Callable[..., Client], server: JupyterServer, tmp_path: Path
 ) -> None:
     """The first is half open. The server closes it 5 s after the second came, and keeps its channels,
     which are dead, for the third, the fourth, ... With 2 s of patience instead of 30."""
     code = "import jupyter_interpreter_mcp as m; m.STARTS_S, m.FRESH_S = 2, 0; raise SystemExit(m.main())"
-    far = Trial(clients(url=network.url, command=[sys.executable, "-c", code]), tmp_path)
+    far = Trial(clients(url=own_network.url, command=[sys.executable, "-c", code]), tmp_path)
     kept = f"Starting buffering for {server.kernel_id(far.session_id)}"
     so_far = server.log.read_text().count(kept)
-    network.freeze()
+    own_network.freeze()
     assert far.client.run("kept", far.session_id)["result"] == ["5"]
-    network.cut()
+    own_network.cut()
     eventually(lambda: server.log.read_text().count(kept) > so_far, 20)
     assert far.client.run(far.code("kept"), far.session_id)["result"] == ["5"]
     far.survived()
@@ -3211,23 +3222,23 @@ def test_a_connection_that_breaks_twice_in_5_s_does_not_leave_the_session_deaf(
 
 @pytest.mark.faults
 def test_a_connection_that_does_not_come_back_is_given_up_with_a_clear_error(
-    network: Network, clients: Callable[..., Client], tmp_path: Path
+    own_network: Network, clients: Callable[..., Client], tmp_path: Path
 ) -> None:
     """With 2 s of trying instead of 60, so that the test need not wait."""
     code = "import jupyter_interpreter_mcp as m; m.KERNEL_TIMEOUT_S = 2.0; raise SystemExit(m.main())"
-    client = clients(url=network.url, command=[sys.executable, "-c", code])
+    client = clients(url=own_network.url, command=[sys.executable, "-c", code])
     far = Trial(client, tmp_path)
-    first = heard(network, b"first")
+    first = heard(own_network, b"first")
     call = far.begin("print('fir' + 'st')\nwait()", timeout=40)
     eventually(first)
-    network.mode = "refuse"
-    network.cut()
+    own_network.mode = "refuse"
+    own_network.cut()
     with within(15):
         given_up = outcome(call)
     assert given_up["result"] == ["first"]
     assert re.search("may (still run|go on)", text_of(given_up)), given_up
     assert "Traceback" not in text_of(given_up) and "ended" not in text_of(given_up)
-    network.mode = "pass"
+    own_network.mode = "pass"
     far.open_gate()
     far.survived()
 
