@@ -3421,9 +3421,8 @@ def add_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, *argv: 
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    "by", ["a person", *(pytest.param(by, marks=pytest.mark.load) for by in ("a tool", "a crash"))]
-)
+@pytest.mark.load
+@pytest.mark.parametrize("by", ["a person", "a tool", "a crash"])
 def test_a_kernel_that_takes_long_to_start_again_is_waited_for(
     clients: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
@@ -3708,6 +3707,7 @@ class SlowNetwork(Proxy):
 
 
 @pytest.mark.faults
+@pytest.mark.load
 def test_a_large_message_on_a_slow_network_is_no_silence(
     clients: Callable[..., Client], tmp_path: Path
 ) -> None:
