@@ -174,7 +174,7 @@ INTERRUPT_S = 5.0  # An interrupt that takes longer is said not to work.
 RESTART_S = 14.5  # For an interrupt, a restart and a restore together.
 EXIT_S = 2.0  # For saving at exit; MCP clients kill a server that takes longer.
 
-CODE_BYTES = 8_000_000  # Servers close a websocket on messages of more than 10 MB.
+FRAME_BYTES = 9_500_000  # Servers close a websocket on messages of more than 10 MB.
 ANSWER_BYTES = 500_000_000  # Of a file; a server that sends more is not read further.
 LIST_BYTES = 20_000_000  # The same for any other answer.
 PIECE_BYTES = 65_536  # Read from a socket at once.
@@ -346,11 +346,12 @@ def encode(
         "content": content,
     }
     if not is_binary:
-        return json.dumps({"channel": "shell", **parts_of, "buffers": []}).encode()
+        whole = {"channel": "shell", **parts_of, "buffers": []}
+        return dump(whole).encode("utf-8", "replace")
 
     parts = [b"shell"]
     for part in parts_of.values():
-        parts.append(json.dumps(part).encode())
+        parts.append(dump(part).encode("utf-8", "replace"))
 
     # First the number of offsets, then the offset of each part and of the end.
     count = len(parts) + 1
@@ -1163,8 +1164,14 @@ def beginning(text: str, room: int, measure: Measure) -> str:
 def share(
     error: list[str], result: list[str], room: int, note: Note, measure: Measure
 ) -> tuple[list[str], list[str]]:
-    """Return error and result so that they fit together, the error in half the room."""
-    errors = shorten(error, room // 2, Note(note.place), measure)
+    """Return error and result so that they fit together.
+
+    The error has half the room, or what the result leaves of it.
+    """
+    for_error = room // 2
+    if sum(len(text) for text in result) < room:
+        for_error = max(for_error, room - measure(SEPARATOR.join(result)))
+    errors = shorten(error, for_error, Note(note.place), measure)
     room -= measure(SEPARATOR.join(errors))
     return errors, shorten(result, room, note, measure)
 
@@ -1945,6 +1952,8 @@ def status_error(
         kind = ServerRefused
     elif status == 404:
         kind = NotFound
+    elif status in (502, 503, 504):
+        kind = ServerUnreachable  # A proxy or a hub answers for it.
 
     detail = " ".join(detail.split())[:300]
     return kind(f"{what} failed: status {status} {detail}", cure=cure, status=status)
@@ -1967,6 +1976,7 @@ def redirect_error(what: str, status: int, target: str) -> ServerError:
 def in_thread(function: Callable[..., T], *arguments: Any) -> Future[T]:
     """Call in a thread of its own, which never keeps this process alive."""
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # Nobody cancels it.
 
     def work() -> None:
         try:
@@ -2000,6 +2010,17 @@ def parse_kernel(model: Any) -> KernelModel:
 
     state = str(model.get("execution_state") or "unknown")
     return KernelModel(model["id"], str(model.get("name")), state)
+
+
+def record(answer: Any) -> dict[str, Any]:
+    """Return an answer that is to be an object.
+
+    Raises:
+        ServerError: It is none.
+    """
+    if not isinstance(answer, dict):
+        raise ServerError(f"The server's answer is no object: {answer!r:.80}")
+    return answer
 
 
 class RemoteJupyterClient:
@@ -2206,7 +2227,7 @@ class RemoteJupyterClient:
             text = f"{err}; the kernel did not start, see the server's log"
             raise ServerError(text, status=500) from err
 
-        return parse_kernel(answer.get("kernel") if isinstance(answer, dict) else None)
+        return parse_kernel(record(answer).get("kernel"))
 
     def bound_kernels(self) -> dict[str, KernelModel]:
         """Return the kernels that are bound to a path, by that path."""
@@ -2234,15 +2255,16 @@ class RemoteJupyterClient:
         """Return when a file was last changed, as the server says; None without it."""
         try:
             url = f"contents/{quote(path)}?content=0"
-            return str(self.request("GET", url, max_s=5.0).get("last_modified"))
+            model = record(self.request("GET", url, max_s=5.0))
+            return str(model.get("last_modified"))
         except NotFound:
             return None
 
     def read(self, path: str) -> tuple[str, str]:
         """Return a text file and its last_modified."""
         url = f"contents/{quote(path)}?type=file&format=text"
-        model = self.request("GET", url, max_bytes=ANSWER_BYTES)
-        if not isinstance(model, dict) or not isinstance(model.get("content"), str):
+        model = record(self.request("GET", url, max_bytes=ANSWER_BYTES))
+        if not isinstance(model.get("content"), str):
             raise ServerError(f"GET {self.base_url}/api/{url} failed: it has no text")
         return model["content"], str(model.get("last_modified"))
 
@@ -2252,7 +2274,8 @@ class RemoteJupyterClient:
         Returns: last_modified and size of what is there afterwards.
         """
         body = b'{"type":"file","format":"text","content":"' + b"".join(escaped) + b'"}'
-        model = self.request("PUT", f"contents/{quote(path)}", body, cure=CANNOT_WRITE)
+        url = f"contents/{quote(path)}"
+        model = record(self.request("PUT", url, body, cure=CANNOT_WRITE))
         size = model.get("size")
         if not isinstance(size, int):
             size = None  # Older servers do not tell.
@@ -2275,7 +2298,7 @@ class RemoteJupyterClient:
     def list_folder(self, folder: str) -> list[dict[str, Any]]:
         """Return the models of what is in a folder: name, last_modified, type, size."""
         answer = self.request("GET", f"contents/{quote(folder)}?type=directory")
-        content = answer.get("content") if isinstance(answer, dict) else None
+        content = record(answer).get("content")
         if not isinstance(content, list):
             return []
         return [model for model in content if isinstance(model, dict)]
@@ -2368,6 +2391,12 @@ def read_body(
 # --- Channel --------------------------------------------------------------------------
 
 
+TOO_LARGE = (
+    "The code has {:,} bytes as it travels, and servers take up to {:,}: write data to "
+    "a file in parts, or upload it"
+)
+
+
 class Channel:
     """One websocket to a kernel. It breaks, and comes back under the same name.
 
@@ -2436,9 +2465,15 @@ class Channel:
         self.heard_at = time.monotonic()
 
     def send(self, msg_type: str, msg_id: str, content: Any) -> None:
-        """Send a request on the shell channel; a failure is said by the next `read`."""
+        """Send a request on the shell channel; a failure is said by the next `read`.
+
+        Raises:
+            ProtocolError: It is larger than servers take.
+        """
         session = self.client_session_id
         frame = encode(msg_type, msg_id, session, content, is_binary=self._is_binary)
+        if len(frame) > FRAME_BYTES:
+            raise ProtocolError(TOO_LARGE.format(len(frame), FRAME_BYTES))
         opcode = websocket.ABNF.OPCODE_TEXT
         if self._is_binary:
             opcode = websocket.ABNF.OPCODE_BINARY
@@ -2640,13 +2675,16 @@ class Kernel:
 
     # Connecting
 
-    def _open(self, *, again: bool = False) -> None:
-        """Connect; `again`: and go on trying.
+    def _open(
+        self, hear: Hear, request: Request | None = None, *, again: bool = False
+    ) -> None:
+        """Connect; `again`: and go on trying. What came last on the old way is heard.
 
         Raises:
             KernelDied: It is gone, or does not start. ServerError: No connection.
         """
-        self.channel.close()
+        for message in self.channel.close():
+            self._take(message, request, hear)
         self.gaps.restart()
         # The server answers when the kernel is up. One that is up answers at once.
         timeout_s = LOST_S if self.has_greeted else STARTS_S
@@ -2680,10 +2718,10 @@ class Kernel:
             "the command of its kernelspec may lack its package (ipykernel)."
         )
 
-    def _reconnect(self) -> Request:
+    def _reconnect(self, request: Request, hear: Hear) -> Request:
         """Connect again as the same client, and send a probe."""
         time.sleep(RETRY_S)  # A proxy may accept, and break the connection at once.
-        self._open(again=True)
+        self._open(hear, request, again=True)
         self._is_deaf = True
         return self.probe()
 
@@ -2707,8 +2745,8 @@ class Kernel:
         Raises:
             What `_open` and `wait` do.
         """
-        self._open()
         self._ours = PROGRAM
+        self._open(hear)
         info = self.send("kernel_info_request", {}, is_harmless=True)
         info.is_idle = True  # It can say so before anybody listens.
         reply = self.wait(info, hear)
@@ -2722,7 +2760,9 @@ class Kernel:
         if not self.has_helper and not self._execution_count:
             return KernelState.FRESH  # Others tell no more than how much they ran.
 
-        return KernelState(greeting.answer.get("state", KernelState.READY))
+        with contextlib.suppress(ValueError):
+            return KernelState(greeting.answer.get("state"))
+        return KernelState.READY  # A helper newer than this file.
 
     def check(self, hear: Hear) -> None:
         """Before code is sent: hear what came meanwhile; is the kernel there?
@@ -2753,8 +2793,8 @@ class Kernel:
     ) -> Request:
         """Send one request on the shell channel: once, whatever happens."""
         request = Request(is_harmless=is_harmless)
-        self.requests[request.msg_id] = request
         self.channel.send(msg_type, request.msg_id, content)
+        self.requests[request.msg_id] = request
         return request
 
     def execute(
@@ -2816,11 +2856,11 @@ class Kernel:
             try:
                 came = self._read(TICK_S, request, hear)
             except ConnectionLost:
-                probe = self._reconnect()
+                probe = self._reconnect(request, hear)
                 continue
 
             if not came and self._is_silent_too_long(request, probe):
-                probe = self._next_probe(probe)
+                probe = self._next_probe(probe, request, hear)
 
         reply = request.reply or Reply()
         if reply.execution_count is not None:
@@ -2833,7 +2873,9 @@ class Kernel:
         if self.lost:
             raise KernelDied(self.lost)
 
-    def _next_probe(self, probe: Request | None) -> Request:
+    def _next_probe(
+        self, probe: Request | None, request: Request, hear: Hear
+    ) -> Request:
         """Ask a kernel that was silent for too long; then connect again, and ask."""
         if probe is None:
             return self.probe()
@@ -2846,7 +2888,7 @@ class Kernel:
         if self._is_deaf and self._server_state == "idle":
             self.channel.rename()
 
-        return self._reconnect()
+        return self._reconnect(request, hear)
 
     def _is_silent_too_long(self, request: Request, probe: Request | None) -> bool:
         """Return whether the kernel was silent for longer than is normal.
@@ -2934,6 +2976,8 @@ class Kernel:
         self._execution_count = count
         if request.reply is not None:
             return  # Only output is missing.
+        # Nothing comes for it any more.
+        self.requests.pop(request.msg_id, None)
         if probe.answer.get("last") == request.msg_id:
             request.was_heard = True
 
@@ -3102,14 +3146,6 @@ def outcome_of_failure(err: Exception, request: Request | None) -> Outcome:
     return Outcome.UNKNOWN
 
 
-class Command(Enum):
-    """What a run asks of the worker beside running its code."""
-
-    NONE = "none"
-    RESTART = "restart"
-    SHUTDOWN = "shutdown"
-
-
 class Run:
     """One call's code on its way. It may outlive its call.
 
@@ -3117,11 +3153,8 @@ class Run:
     what both touch: stage, outputs, notes, errors and the flags.
     """
 
-    def __init__(
-        self, code: str, lock: threading.Condition, command: Command = Command.NONE
-    ) -> None:
+    def __init__(self, code: str, lock: threading.Condition) -> None:
         self.code = code
-        self.command = command
         self.lock = lock
         self.stage = Stage.WAITING
         # More about the stage: which cell a restore is at.
@@ -3137,7 +3170,8 @@ class Run:
         self.errors: list[str] = []
         # Nobody wants it: it is not begun, or interrupted if it runs.
         self.is_withdrawn = False
-        self.was_interrupted = False
+        # The worker interrupts the kernel as soon as it has taken the code.
+        self.must_interrupt = False
         # Its call returned before it ended: the next call collects it.
         self.is_abandoned = False
         # It ended, and all of it was taken.
@@ -3214,20 +3248,25 @@ class Run:
             if not self.ended.done():
                 self.ended.set_result(None)
 
-    def withdraw(self, text: str | None) -> None:
-        """Nobody wants it any more. What has not begun ends here and never runs.
+    def withdraw(self, text: str | None) -> bool:
+        """Nobody wants it any more: it never begins, or is interrupted.
 
         Args:
-            text: What its call is told; None: nobody waits for it.
+            text: What its call is told if it never begins; None: nobody waits.
+        Returns: Whether it ended so, and never runs.
         """
         with self.lock:
             self.is_withdrawn = True
-            if self.stage in BEFORE_RUNNING:
-                if text is not None:
-                    self.errors.append(text)
-                self.outcome = Outcome.NEVER_RAN
-                if not self.ended.done():
-                    self.ended.set_result(None)
+            if self.stage not in BEFORE_RUNNING:
+                self.must_interrupt = True
+                return False
+
+            if text is not None and self.outcome is None:
+                self.errors.append(text)
+            self.outcome = Outcome.NEVER_RAN
+            if not self.ended.done():
+                self.ended.set_result(None)
+            return True
 
     def newest_line(self) -> str:
         """The newest line of output, or where it is; for progress."""
@@ -3644,12 +3683,14 @@ def merge(
 
     places = list(zip(order, ["", *order], strict=False))
     places += [(cell_id, "") for cell_id in pending]
+    there = {cell["id"] for cell in merged}
     for cell_id, before in places:
-        ids = [cell["id"] for cell in merged]
         ours = pending.get(cell_id)
-        if ours is None or cell_id in ids or not ours.may_return:
+        if ours is None or cell_id in there or not ours.may_return:
             continue
 
+        there.add(cell_id)
+        ids = [cell["id"] for cell in merged]
         place = len(ids)
         if before in ids:
             place = ids.index(before) + 1
@@ -3980,7 +4021,7 @@ def restore_report(
         reasons.setdefault(cut(reason, PART_SIZE), []).append(number)
     if reasons:
         groups = [f"{cells_text(reasons[why])} ({why})" for why in reasons]
-        parts.append(f"Not run again, or not to the end: {'; '.join(groups)}.")
+        parts.append(f"Did not run again, or not to the end: {'; '.join(groups)}.")
 
     if plan.left:
         left_s = sum(cell.duration_s for cell in plan.left)
@@ -4051,11 +4092,8 @@ FULL_TEXT = "; the full text is in {} on the server"
 EARLIER = "[from earlier code] "
 KILLS_AGAIN = "; if its cells kill it again, edit {}, or use another session_id"
 DROPPED_ON_THE_WAY = "Output is missing: the server was too busy for it, or broke."
+ABORTED = "The kernel left it out, because a cell before it failed. Call again"
 ENDED_ITSELF = "The code ended its kernel, as by exit or quit."
-TOO_LARGE = (
-    "Not run: the code has {:,} bytes, and servers take up to {:,}: write data to a "
-    "file in parts, or upload it"
-)
 RESTORE_REST = "%restore"
 
 
@@ -4127,23 +4165,33 @@ class Worker:
         """Take runs until none came for IDLE_S, or this process ends."""
         last_at = time.monotonic()
         while not self._owner.is_closing:
-            run = self._session.begin_next(CONFIRM_S)
-            if run is not None:
-                self._run = run
-                self._sent = None
-                outcome = self._perform(run)
-                self._run = None
-                self._session.end_current(run, outcome)
-                last_at = time.monotonic()
-                continue
+            try:
+                run = self._session.begin_next(CONFIRM_S)
+                if run is not None:
+                    self._take_to_its_end(run)
+                    last_at = time.monotonic()
+                    continue
 
-            self._confirm()
-            if time.monotonic() - last_at > IDLE_S:
-                self._rest()
-                if self._session.may_end():
-                    return
+                self._confirm()
+                if time.monotonic() - last_at > IDLE_S:
+                    self._rest()
+                    if self._session.may_end():
+                        return
+            except Exception:  # The session must not be without a worker.
+                log.exception("Session %d", self._session.session_id)
 
         self._confirm(is_last=True)
+        self._session.give_up_waiting()
+
+    def _take_to_its_end(self, run: Run) -> None:
+        self._run = run
+        self._sent = None
+        outcome = Outcome.UNKNOWN
+        try:
+            outcome = self._perform(run)
+        finally:
+            self._run = None
+            self._session.end_current(run, outcome)
 
     def _confirm(self, *, is_last: bool = False) -> None:
         """See to it that nobody overwrote what was saved; the next cell tries again."""
@@ -4163,24 +4211,27 @@ class Worker:
         """While something is waited for: what others want of this thread."""
         run = self._run
         if run is not None:
-            self._interrupt_withdrawn(run)
+            if run.is_withdrawn and run.stage in BEFORE_RUNNING:
+                raise Withdrawn
+            self._interrupt_if_wanted(run)
             if run.stage is Stage.RUNNING and time.monotonic() > run.save_at:
                 run.save_at = time.monotonic() + SAVE_EVERY_S
                 self._save_progress(run)
             elif run.stage is Stage.RUNNING:
                 self._confirm()
 
-        if self._owner.is_closing:
+        # A stop that came a moment before the end is still carried out.
+        must_stop = run is not None and run.must_interrupt and self._sent is not None
+        if self._owner.is_closing and not must_stop:
             raise Closing
 
-    def _interrupt_withdrawn(self, run: Run) -> None:
-        """Stop what the user does not want any more, once the kernel has taken it."""
-        if not run.is_withdrawn or run.was_interrupted:
+    def _interrupt_if_wanted(self, run: Run) -> None:
+        """Interrupt the kernel, once it has taken the code; try again if that fails."""
+        if not run.must_interrupt or self._sent is None or not self._sent.was_heard:
             return
-        if self._sent is not None and self._sent.was_heard:
-            run.was_interrupted = True
-            with contextlib.suppress(ServerError):
-                self._client.command(self.kernel.kernel_id, "interrupt")
+        with contextlib.suppress(ServerError):
+            self._client.command(self.kernel.kernel_id, "interrupt")
+            run.must_interrupt = False
 
     # One run, from its turn to its end
 
@@ -4196,6 +4247,8 @@ class Worker:
             self._save_progress(run)
             return outcome
         except Withdrawn:
+            if run.outcome is None:
+                run.fail(WITHDRAWN)
             return Outcome.NEVER_RAN
         except Exception as err:  # noqa: BLE001  # A defect must not wedge the session.
             outcome = self._tell_failure(run, err)
@@ -4205,21 +4258,12 @@ class Worker:
             run.timing["shell.execute_reply"] = now()
             self._save(run, outcome)
 
-        self._settle_restore(run)
+        self._settle_restore()
         return outcome
 
     def _carry_out(self, run: Run) -> Outcome:
-        if run.command is not Command.NONE:
-            self._obey(run.command)
-        if run.command is Command.SHUTDOWN:
-            return Outcome.ENDED_WELL
-
-        if len(run.code.encode("utf-8", "replace")) > CODE_BYTES:
-            run.fail(TOO_LARGE.format(len(run.code), CODE_BYTES))
-            return Outcome.NEVER_RAN
-
-        is_plain = run.command is Command.NONE
-        if run.only_waits and is_plain and self._session.has_errors_to_tell():
+        was_asked = self.kernel.was_asked_to_end
+        if run.only_waits and not was_asked and self._session.has_errors_to_tell():
             return Outcome.ENDED_WELL  # That a kernel died is told at once.
         self._connect(run)
         if self._owner.is_closing:
@@ -4238,25 +4282,6 @@ class Worker:
 
         return self._run_cell(run)
 
-    def _obey(self, command: Command) -> None:
-        """Restart the kernel, or shut it down, as a caller asked."""
-        kernel_id = self.kernel.kernel_id or self.bound_kernel_id()
-        if not kernel_id:
-            return
-
-        self.kernel.was_asked_to_end = True
-        if not self.kernel.lost:
-            with contextlib.suppress(NotFound):
-                if command is Command.RESTART:
-                    self._client.command(kernel_id, "restart", KERNEL_TIMEOUT_S)
-                else:
-                    self._client.delete(kernel_id)
-
-            self.kernel.lost = ENDED_AS_ASKED
-
-        self._why_lost = ENDED_AS_ASKED
-        self._forget()
-
     def _connect(self, run: Run) -> None:
         """Make sure of a live kernel that has the session's state; try twice.
 
@@ -4269,8 +4294,7 @@ class Worker:
             if run.stage is Stage.RESTORING:
                 raise
             if isinstance(err, KernelDied):
-                self._why_lost = str(err)
-                self._forget()
+                self._forget(str(err))
 
             self._bring_up(run)
 
@@ -4279,14 +4303,13 @@ class Worker:
         text = str(err) or repr(err)
         if isinstance(err, KernelDied):
             text += " Its variables are gone"
-            if not self.kernel.was_asked_to_end:
+            if self._owner.may_restore and not self.kernel.was_asked_to_end:
                 text += "; the next call restores the session"
             if run.stage is Stage.RESTORING:
                 text += KILLS_AGAIN.format(self._path)
 
-            self._why_lost = str(err)
             # Before the outcome is decided: this reads what the kernel said last.
-            self._forget()
+            self._forget(str(err))
         elif not isinstance(err, InterpreterError):
             text = f"Internal error: {err!r}; stderr has more"
             log.exception("Session %d", self._session.session_id)
@@ -4333,7 +4356,8 @@ class Worker:
         if action is BringUp.RESTORE_AFRESH:
             # It was cut short: once more, from nothing.
             self._client.command(model.kernel_id, "restart", KERNEL_TIMEOUT_S)
-            self.kernel.has_greeted = False
+            self.kernel.lost = KERNEL_GONE
+            self._take_kernel(run)
             self.kernel.greet(mark, run.hear)
         if action in (BringUp.RESTORE, BringUp.RESTORE_AFRESH):
             self._restore(run, cells)
@@ -4394,7 +4418,7 @@ class Worker:
                 model = self._client.kernel(self.kernel.kernel_id)
 
         if model is None and not self._is_new:
-            model = self.bound_kernel()
+            model = self._bound_kernel()
 
         if model is None:
             run.stage = Stage.STARTING
@@ -4409,16 +4433,12 @@ class Worker:
 
         return model
 
-    def bound_kernel(self) -> KernelModel | None:
+    def _bound_kernel(self) -> KernelModel | None:
         """Return the kernel that is bound to the notebook; gateways may not tell."""
         try:
             return self._client.bound_kernels().get(self._path)
         except ServerRefused:
             return None
-
-    def bound_kernel_id(self) -> str:
-        model = self.bound_kernel()
-        return model.kernel_id if model is not None else ""
 
     def _start_kernel(self) -> KernelModel:
         name = self._session.kernel_name
@@ -4562,15 +4582,14 @@ class Worker:
         self._sent = request
         return self.kernel.wait(request, ignore).error
 
-    def _settle_restore(self, run: Run) -> None:
+    def _settle_restore(self) -> None:
         """Note in the kernel that the report of a restore is about to be delivered."""
         if not self._has_restored or not self.kernel.is_ready or self.kernel.lost:
             return
         self._has_restored = False
-        with contextlib.suppress(KernelError, ServerError, Closing):
-            self.kernel.wait(self.kernel.probe(KernelState.READY), run.hear)
+        self.kernel.probe(KernelState.READY)
 
-    def _forget(self) -> None:
+    def _forget(self, why: str = KERNEL_GONE) -> None:
         """Let go of a kernel whose state is gone.
 
         What it had not taken must not run in the kernel after it: that one is deleted
@@ -4580,7 +4599,8 @@ class Worker:
         if not kernel.kernel_id:
             return
 
-        kernel.lost = kernel.lost or KERNEL_GONE
+        kernel.lost = kernel.lost or why
+        self._why_lost = kernel.lost
         if not all(r.was_heard or r.is_harmless for r in kernel.requests.values()):
             self._delete_before_it_is_up(kernel)
 
@@ -4618,11 +4638,15 @@ class Worker:
         reply = self.kernel.wait(run.request, run.hear)
         hint = str(reply.answer.get("hint") or "")
         if isinstance(reply.answer.get("cell"), str):
+            if run.is_withdrawn:
+                raise Withdrawn
             # It is Python: as itself, so that nothing of ours shows.
             run.source = reply.answer["cell"]
             run.request = self.kernel.execute(run.source)
             self._sent = run.request
             reply = self.kernel.wait(run.request, run.hear)
+        if reply.status == "aborted":
+            raise NotTaken(ABORTED)
 
         # What the helper answers has no number: the user's count goes on without it.
         run.folder = str(reply.answer.get("folder") or "")
@@ -4658,7 +4682,7 @@ class Worker:
             return self.kernel.execute(settled.text), settled.text
 
         is_asked = settled.language is Language.UNKNOWN
-        call = call_code(f"run({settled.text!a}, {is_asked})")
+        call = call_code(f"run({settled.text!r}, {is_asked})")
         request = self.kernel.execute(call, store_history=False)
         return request, f"%%bash\n{settled.text}"
 
@@ -4745,8 +4769,9 @@ class Worker:
         if is_long:
             text_path = self._session.text_path(run)
             pieces = [piece_of(text).escaped for text in full_text(outputs)]
-            self._client.write(text_path, pieces)
-            note = Note(FULL_TEXT.format(text_path), run.outputs.not_kept)
+            with contextlib.suppress(ServerError):  # The cell is saved all the same.
+                self._client.write(text_path, pieces)
+                note = Note(FULL_TEXT.format(text_path), run.outputs.not_kept)
 
         ours = {"folder": run.folder, "ended_in": run.ended_in}
         if outcome is not None:
@@ -4803,16 +4828,16 @@ class Session:
         self._current: Run | None = None
         # Not yet collected, in the order in which they ended.
         self._finished: list[Run] = []
+        # Nothing begins while a kernel is ended that a caller wants to be ended.
+        self._is_held = False
         self._thread: threading.Thread | None = None
         self.worker = Worker(self, is_new=is_new)
 
     # The queue
 
-    def submit(
-        self, code: str, command: Command = Command.NONE, *, is_first: bool = False
-    ) -> Run:
+    def submit(self, code: str, *, is_first: bool = False) -> Run:
         """Queue code, as the last or the first that waits; returns at once."""
-        run = Run(code, self.lock, command)
+        run = Run(code, self.lock)
         with self.lock:
             if is_first:
                 self._waiting.insert(0, run)
@@ -4820,8 +4845,9 @@ class Session:
                 self._waiting.append(run)
 
             if self._thread is None:
-                self._thread = threading.Thread(target=self.worker.work, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self.worker.work, daemon=True)
+                thread.start()
+                self._thread = thread
 
             self.lock.notify_all()
 
@@ -4831,9 +4857,10 @@ class Session:
         """Return the run whose turn it is, if one comes in time. For the worker."""
         with self.lock:
             self.lock.wait_for(
-                lambda: self._waiting or self.owner.is_closing, timeout_s
+                lambda: (self._waiting and not self._is_held) or self.owner.is_closing,
+                timeout_s,
             )
-            while self._waiting and not self.owner.is_closing:
+            while self._waiting and not self._is_held and not self.owner.is_closing:
                 run = self._waiting.pop(0)
                 if not run.is_withdrawn:
                     self._current = run
@@ -4939,6 +4966,13 @@ class Session:
             if run.late.items():
                 self._finished.append(run)
 
+    def give_up_waiting(self) -> None:
+        """End what waits: this process ends. For the worker."""
+        with self.lock:
+            for run in self._waiting:
+                run.withdraw("Not run: the MCP server ends")
+            self._waiting = []
+
     def has_errors_to_tell(self) -> bool:
         """Return whether earlier code ended with an error that no call has seen."""
         with self.lock:
@@ -5011,106 +5045,128 @@ class Session:
         """
         try:
             if restart or shutdown:
-                return self._end_kernel(
-                    Command.RESTART if restart else Command.SHUTDOWN
-                )
-
+                return self._end_kernel(restart=restart)
             return self._stop()
         except (ServerError, KernelError) as err:
             return self._render([message_taken([], [str(err)])], could_not_run=True)
 
     def _stop(self) -> Result:
         run = self.current()
-        notes = []
-        errors = []
-        if run is not None and run.stage in BEFORE_RUNNING:
-            run.withdraw(WITHDRAWN)
-            notes.append(WITHDRAWN.removeprefix("Not run: ").capitalize())
-        elif run is not None and run.stage is Stage.RESTORING:
+        notes: list[str] = []
+        errors: list[str] = []
+        if run is None or (run.stage is Stage.QUEUED and run.only_waits):
+            notes, errors = self._stop_foreign()
+        elif run.stage is Stage.RESTORING:
             notes.append(SKIPPED.format(run.step))
-            self.owner.client.command(self.worker.kernel.kernel_id, "interrupt")
-        elif run is not None:
-            errors = self._stop_run(run)
-            if not run.is_abandoned and not errors:
-                notes.append(GOES_TO_ITS_CALL)
-        else:
-            run, notes = self._stop_foreign()
+            run.must_interrupt = True
+        elif run.withdraw(WITHDRAWN):
+            notes.append(WITHDRAWN)
+        elif not self._has_stopped(run):
+            errors.append(self._stubborn())
+        elif not run.is_abandoned:
+            notes.append(GOES_TO_ITS_CALL)
 
         taken = self._take(None, 0.0)
         return self._render([*taken, message_taken(notes, errors)], could_not_run=False)
 
-    def _stop_run(self, run: Run) -> list[str]:
-        """Interrupt a run of ours; return what is to be said if it does not stop."""
-        self.owner.client.command(self.worker.kernel.kernel_id, "interrupt")
+    def _has_stopped(self, run: Run) -> bool:
+        """Wait until a run that is to be interrupted ended; return whether it did."""
         wait([run.ended], INTERRUPT_S)
-        if run.ended.done():
-            return []
-        restart = self.owner.settings.hints.restart.format(session_id=self.session_id)
-        return [STUBBORN.format(INTERRUPT_S, restart)]
+        return run.ended.done()
 
-    def _stop_foreign(self) -> tuple[Run | None, list[str]]:
-        """Interrupt what runs in the kernel although no run of ours does."""
+    def _stubborn(self) -> str:
+        restart = self.owner.settings.hints.restart
+        return STUBBORN.format(INTERRUPT_S, restart.format(session_id=self.session_id))
+
+    def _stop_foreign(self) -> tuple[list[str], list[str]]:
+        """Interrupt what runs in the kernel although no run of ours does.
+
+        Returns: Notes and errors.
+        """
         client = self.owner.client
-        kernel_id = self.worker.kernel.kernel_id or self.worker.bound_kernel_id()
+        kernel_id = self.kernel_id()
         model = None
         if kernel_id:
             with contextlib.suppress(NotFound):
                 model = client.kernel(kernel_id)
 
         if model is None:
-            return None, [NO_KERNEL.format(self.session_id)]
+            return [NO_KERNEL.format(self.session_id)], []
         if model.execution_state != "busy":
-            return None, [NOTHING_RAN.format(self.session_id)]
+            return [NOTHING_RAN.format(self.session_id)], []
 
         client.command(kernel_id, "interrupt")
-        run = self.submit("", is_first=True)
+        run = self.current() or self.submit("", is_first=True)
         run.is_abandoned = True
-        wait([run.ended], INTERRUPT_S)
-        if run.ended.done():
-            return run, []
+        if self._has_stopped(run):
+            return [], []
+        return [], [self._stubborn()]
 
-        restart = self.owner.settings.hints.restart.format(session_id=self.session_id)
-        return run, [STUBBORN.format(INTERRUPT_S, restart)]
+    def kernel_id(self) -> str:
+        """Return the id of the session's kernel, "" without one."""
+        if self.worker.kernel.kernel_id and not self.worker.kernel.lost:
+            return self.worker.kernel.kernel_id
+        try:
+            model = self.owner.client.bound_kernels().get(self.path)
+        except ServerRefused:
+            return ""  # Gateways may not tell.
+        return model.kernel_id if model is not None else ""
 
-    def _end_kernel(self, command: Command) -> Result:
+    def _end_kernel(self, *, restart: bool) -> Result:
         """Interrupt what runs, then restart the kernel or shut it down.
 
-        The worker does it, in a run that comes before all that wait; only if the code
-        that runs does not stop, it is done from here, and the worker finds it done.
+        Meanwhile nothing begins that waits; it runs in the kernel that comes after.
         """
         deadline = time.monotonic() + RESTART_S
-        current = self.current()
-        own = self.submit("", command, is_first=True)
-        if current is not None and current.stage in BEFORE_RUNNING:
-            current.withdraw(WITHDRAWN)
-        elif current is not None and self._stop_run(current):
-            self._force(command, deadline - time.monotonic())
+        kernel_id = self.kernel_id()
+        if not kernel_id:
+            note = message_taken([NO_KERNEL.format(self.session_id)], [])
+            return self._render([note], could_not_run=False)
 
+        with self.lock:
+            self._is_held = True
+            current = self._current
+        try:
+            if current is not None and not current.withdraw(WITHDRAWN):
+                self._has_stopped(current)
+            self._end_now(kernel_id, restart=restart)
+        finally:
+            with self.lock:
+                self._is_held = False
+                self.lock.notify_all()
+
+        if not restart:
+            note = message_taken([IS_SHUT_DOWN.format(self.session_id)], [])
+            if current is not None:
+                wait([current.ended], INTERRUPT_S)
+            return self._render([*self._take(None, 0.0), note], could_not_run=False)
+
+        own = self.submit("", is_first=True)
         wait([own.ended], max(0.0, deadline - time.monotonic()))
-
-        notes = []
-        if own.ended.done() and command is Command.SHUTDOWN:
-            notes.append(IS_SHUT_DOWN.format(self.session_id))
-        elif own.ended.done():
-            notes.append(RESTARTED.format(self.session_id))
-
+        note = message_taken([RESTARTED.format(self.session_id)], [])
         taken = self._take(own, RESTART_S)
-        return self._render([message_taken(notes, []), *taken], could_not_run=False)
+        return self._render([note, *taken], could_not_run=False)
 
-    def _force(self, command: Command, max_s: float) -> None:
+    def _end_now(self, kernel_id: str, *, restart: bool) -> None:
+        """Have the server end the kernel; whoever waits for it learns of it."""
         kernel = self.worker.kernel
         kernel.was_asked_to_end = True
-        if command is Command.RESTART:
-            self.owner.client.command(kernel.kernel_id, "restart", max(1.0, max_s))
-        else:
-            self.owner.client.delete(kernel.kernel_id)
+        with contextlib.suppress(NotFound):
+            if restart:
+                self.owner.client.command(kernel_id, "restart", RESTART_S)
+            else:
+                self.owner.client.delete(kernel_id)
         kernel.lost = ENDED_AS_ASKED
 
     def _render(self, taken: list[Taken], *, could_not_run: bool) -> Result:
         """Make a result of what was taken; here nothing is locked."""
         report = Report(self.owner.settings)
         for each in taken:
-            report.add(each)
+            try:
+                report.add(each)
+            except Exception:  # A defect must not lose the rest.
+                log.exception("Session %d", self.session_id)
+                report.errors.append(NOT_SHOWN)
         where = ""
         if self.owner.keeps_notebook:
             where = self.path
@@ -5147,12 +5203,15 @@ def session_line(
     return f"{name}: {short_time(modified)}, {count} cells, {state}: {first_line}"
 
 
+NOT_SHOWN = "An output could not be shown (internal error); it is in the notebook"
+
+
 class Report:
     """What one call hands back, of all runs that it collects."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._errors: list[str] = []
+        self.errors: list[str] = []
         self._shown = Shown()
         self._files: list[str] = []
         self._not_kept = 0
@@ -5163,7 +5222,7 @@ class Report:
         self._shown.add(taken.late, EARLIER)
         self._shown.add(taken.items, taken.mark)
         for text in taken.errors:
-            self._errors.append(taken.mark + text)
+            self.errors.append(taken.mark + text)
 
         self._not_kept += taken.not_kept
         if taken.text_path:
@@ -5181,12 +5240,12 @@ class Report:
 
         text = make(
             session_id,
-            self._errors,
+            self.errors,
             self._shown.texts,
             self._settings.max_output,
             Note(place, self._not_kept),
         )
-        return Result(text, self._shown.images, self._errors, could_not_run)
+        return Result(text, self._shown.images, self.errors, could_not_run)
 
 
 class Interpreter:
@@ -5206,6 +5265,8 @@ class Interpreter:
         self.specs = client.kernelspecs()
         # This process ends: nobody stops what runs any more.
         self.is_closing = False
+        # A lost session can be restored from its notebook.
+        self.may_restore = False
         self._sessions: dict[int, Session] = {}
         # The files on their way, and what cancels each.
         self.transfers: dict[Future[str], threading.Event] = {}
@@ -5216,6 +5277,7 @@ class Interpreter:
         self.folder = self._folder_below_root(self.settings.folder)
         if self.keeps_notebook:
             client.make_folder(self.folder)
+            self.may_restore = self.settings.restore_limit_s > 0
 
     def check_kernel_name(self, name: str) -> None:
         """Raise ConfigError if the server has no such kernel; "" is its default."""
@@ -5792,8 +5854,9 @@ class Stdin:
     def __init__(self, on_end: Callable[[], None]) -> None:
         self._file = open(os.dup(0), "rb")  # noqa: SIM115  # Open to the end.
         self._on_end = on_end
-        # Ids of the requests whose client waited no longer.
-        self.timed_out: set[str] = set()
+        # Ids of the requests that a user stopped: not those whose time was over, and
+        # not those that the SDK cancels at the end of stdin.
+        self.stopped: set[str] = set()
 
     def readline(self) -> str:
         line = self._file.readline()
@@ -5813,8 +5876,8 @@ class Stdin:
     def _note_reason(self, line: bytes) -> None:
         with contextlib.suppress(ValueError, AttributeError):
             params = json.loads(line).get("params") or {}
-            if TIMED_OUT.search(str(params.get("reason"))):
-                self.timed_out.add(str(params.get("requestId")))
+            if not TIMED_OUT.search(str(params.get("reason"))):
+                self.stopped.add(str(params.get("requestId")))
 
 
 class Stdout(io.FileIO):
@@ -5840,7 +5903,7 @@ def serve(interpreter: Interpreter) -> None:
     stdout = io.TextIOWrapper(pipe, "utf-8")
     os.dup2(2, 1)  # What is printed past the SDK must not reach the client.
     sdk, server, lowlevel = make_server(interpreter)
-    tools = Tools(interpreter, stdin.timed_out)
+    tools = Tools(interpreter, stdin.stopped)
     add_tools(server, sdk, tools)
     if interpreter.settings.files_dir is not None:
         add_file_tools(server, sdk, tools)
@@ -6047,12 +6110,12 @@ class Tools:
     """The tools' handlers: they wait, and everything that blocks goes through a thread.
 
     Args:
-        timed_out: Ids of the requests whose client's time was over.
+        stopped: Ids of the requests that a user stopped.
     """
 
-    def __init__(self, interpreter: Interpreter, timed_out: set[str]) -> None:
+    def __init__(self, interpreter: Interpreter, stopped: set[str]) -> None:
         self.interpreter = interpreter
-        self._timed_out = timed_out
+        self._stopped = stopped
 
     async def run_code(
         self, code: str, session_id: int, timeout_s: float, kernel_name: str, ctx: Any
@@ -6068,10 +6131,8 @@ class Tools:
             await self._wait(run.ended, timeout_s, ctx, session.newest_line)
         except asyncio.CancelledError:
             run.is_abandoned = True
-            was_timed_out = str(ctx.request_id) in self._timed_out
-            if not self.interpreter.is_closing and not was_timed_out:
+            if str(ctx.request_id) in self._stopped:
                 run.withdraw(None)
-
             raise
 
         collected = in_thread(session.collect, run, timeout_s)
