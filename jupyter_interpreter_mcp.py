@@ -67,6 +67,7 @@ Errors, all raised on purpose:
       TransferError                          a file cannot be copied
       KernelError
         KernelDied                           it ended or was restarted
+          CannotStart                        and does not come up
         ConnectionLost(ConnectionError)      the websocket broke, or a reply was missed
           NotTaken                           and the kernel never took the request
       Withdrawn, Closing                     signals within the worker
@@ -257,6 +258,10 @@ class KernelError(InterpreterError):
 
 class KernelDied(KernelError):
     """The kernel ended or was restarted; its variables are gone."""
+
+
+class CannotStart(KernelDied):
+    """The kernel does not come up, so another try makes no sense now."""
 
 
 class ConnectionLost(KernelError, ConnectionError):
@@ -2511,7 +2516,7 @@ class Channel:
         # before it is acknowledged, and a receiver delays a bare acknowledgement by 40
         # ms. Any frame of ours carries it at once; a Pong needs no answer (RFC 6455,
         # section 5.5.3). A small call takes 5 instead of 45 ms.
-        self._transmit(b"", websocket.ABNF.OPCODE_PONG)
+        self._transmit(b"", websocket.ABNF.OPCODE_PONG, is_needed=False)
         self.heard_at = time.monotonic()
         self._pieces = 0
         return decode(frame, is_binary=self._is_binary)
@@ -2522,14 +2527,18 @@ class Channel:
             self.heard_at = time.monotonic()
         self._pieces = pieces
 
-    def _transmit(self, frame: bytes, opcode: int) -> None:
+    def _transmit(self, frame: bytes, opcode: int, *, is_needed: bool = True) -> None:
         if self._ws is None:
             return
         try:
             self._ws.settimeout(HTTP_TIMEOUT_S)
             self._ws.send(frame, opcode)
-        except (websocket.WebSocketException, OSError):
-            self.drop()  # Never half a frame, then another.
+        except (websocket.WebSocketException, OSError) as err:
+            # What came before the break can still be read. But never half a frame, then
+            # another.
+            is_half = isinstance(err, websocket.WebSocketTimeoutException)
+            if is_needed or is_half:
+                self.drop()
 
     def close(self) -> list[Message]:
         """Close so that nothing is lost: send Close, then read to the server's Close.
@@ -2579,6 +2588,10 @@ def close_late(attempt: Future[websocket.WebSocket]) -> None:
 
 ENDED_AS_ASKED = "The kernel was ended as asked."
 ENDED_BY_SOMEBODY = "The kernel was shut down or restarted by somebody."
+CANNOT_START = (
+    "The kernel does not start, the server gave it up: see the server's log; the "
+    "command of its kernelspec may lack its package (ipykernel)"
+)
 KERNEL_GONE = "The kernel is gone: it was shut down, or culled when it was idle."
 NUMBERED = re.compile(r"(.+)_(\d+)")  # ipykernel's msg_id: KERNEL-SESSION_PID_NUMBER
 
@@ -2661,7 +2674,7 @@ class Kernel:
         self.has_greeted = False
         # Connected, and in the state that its user expects.
         self.is_ready = False
-        # No message came since we connected again.
+        # Nothing answered a request of ours since we connected again.
         self._is_deaf = False
         # What the server last said that it does, and when it was asked.
         self._server_state = ""
@@ -2694,14 +2707,14 @@ class Kernel:
             try:
                 self.channel.connect(self._while_connecting, timeout_s)
             except NotFound as err:
-                raise KernelDied(KERNEL_GONE) from err
+                raise self._gone() from err
             except ServerUnreachable as err:
                 is_late = time.monotonic() - begun > timeout_s
                 may_retry = again or (is_late and self.has_greeted)
                 if not may_retry or time.monotonic() > deadline:
                     raise ServerUnreachable(f"{err}; what ran may go on") from err
 
-                if is_late and self._server_state == "idle":
+                if is_late and self._may_rename():
                     self.channel.rename()
                 self._look_up()
                 time.sleep(RETRY_S)
@@ -2710,13 +2723,13 @@ class Kernel:
         self._look_up()
         self._ask_server()
         if self._server_state == "dead":
-            raise KernelDied(self._cannot_start())
+            raise self._gone()
 
-    def _cannot_start(self) -> str:
-        return (
-            "The kernel does not start, the server gave it up: see the server's log; "
-            "the command of its kernelspec may lack its package (ipykernel)."
-        )
+    def _gone(self) -> KernelDied:
+        """Return what it means that the server does not have the kernel any more."""
+        if self.has_greeted:
+            return KernelDied(KERNEL_GONE)
+        return CannotStart(CANNOT_START)
 
     def _reconnect(self, request: Request, hear: Hear) -> Request:
         """Connect again as the same client, and send a probe."""
@@ -2885,10 +2898,15 @@ class Kernel:
             probe.reply = Reply(execution_count=self._execution_count)
             return probe
 
-        if self._is_deaf and self._server_state == "idle":
+        if self._is_deaf and self._may_rename():
             self.channel.rename()
 
         return self._reconnect(request, hear)
+
+    def _may_rename(self) -> bool:
+        """Return whether nothing that is kept for us would be lost by another name."""
+        is_waited_for = any(not each.is_harmless for each in self.requests.values())
+        return self._server_state == "idle" or not is_waited_for
 
     def _is_silent_too_long(self, request: Request, probe: Request | None) -> bool:
         """Return whether the kernel was silent for longer than is normal.
@@ -2925,7 +2943,7 @@ class Kernel:
         try:
             self._server_state = self.client.kernel(self.kernel_id).execution_state
         except NotFound as err:
-            raise KernelDied(KERNEL_GONE) from err
+            raise self._gone() from err
         except ServerUnreachable:
             if silent_s > KERNEL_TIMEOUT_S:
                 raise
@@ -3008,7 +3026,6 @@ class Kernel:
         if message is None:
             return False
 
-        self._is_deaf = False
         self._take(message, request, hear)
         return True
 
@@ -3031,6 +3048,7 @@ class Kernel:
 
         answered = self.requests.get(message.parent_msg_id)
         if answered is not None:
+            self._is_deaf = False
             answered.note(message)
             if answered.has_ended:
                 del self.requests[answered.msg_id]
@@ -4156,6 +4174,8 @@ class Worker:
         self._is_known = False
         # What carries user's code now: the run's own, or that of a restore.
         self._sent: Request | None = None
+        # Its kernel was busy with code that no run of ours carries.
+        self._was_busy = False
         # Why the last kernel was lost.
         self._why_lost = KERNEL_GONE
         # A restore ended, and its report is not yet delivered.
@@ -4291,7 +4311,7 @@ class Worker:
         try:
             self._bring_up(run)
         except (KernelError, ServerError) as err:
-            if run.stage is Stage.RESTORING:
+            if run.stage is Stage.RESTORING or isinstance(err, CannotStart):
                 raise
             if isinstance(err, KernelDied):
                 self._forget(str(err))
@@ -4302,8 +4322,10 @@ class Worker:
         """Put what went wrong, and whether the code ran, into the result."""
         text = str(err) or repr(err)
         if isinstance(err, KernelDied):
-            text += " Its variables are gone"
-            if self._owner.may_restore and not self.kernel.was_asked_to_end:
+            if not isinstance(err, CannotStart):
+                text += " Its variables are gone"
+            will_restore = self._owner.may_restore and not isinstance(err, CannotStart)
+            if will_restore and not self.kernel.was_asked_to_end:
                 text += "; the next call restores the session"
             if run.stage is Stage.RESTORING:
                 text += KILLS_AGAIN.format(self._path)
@@ -4351,8 +4373,7 @@ class Worker:
         is_blind = not self._owner.keeps_notebook and not self._is_new
         has_state = bool(cells) or self._is_known or is_blind
         action = plan_bring_up(state, has_cells=has_state, may_restore=may_restore)
-        was_queued = run.stage is Stage.QUEUED
-        self._tell_state(run, action, cells, was_queued=was_queued)
+        self._tell_state(run, action, cells)
         if action is BringUp.RESTORE_AFRESH:
             # It was cut short: once more, from nothing.
             self._client.command(model.kernel_id, "restart", KERNEL_TIMEOUT_S)
@@ -4392,6 +4413,7 @@ class Worker:
 
         if model.execution_state == "busy":
             run.stage = Stage.QUEUED
+            self._was_busy = True
         elif not self.kernel.has_greeted:
             run.stage = Stage.STARTING
         return model
@@ -4475,9 +4497,7 @@ class Worker:
             "language_info": self.kernel.language_info,
         }
 
-    def _tell_state(
-        self, run: Run, action: BringUp, cells: list[SavedCell], *, was_queued: bool
-    ) -> None:
+    def _tell_state(self, run: Run, action: BringUp, cells: list[SavedCell]) -> None:
         """Say what the caller must know of the kernel and the notebook."""
         session_id = self._session.session_id
         is_adopted = self._notebook.mark["adopted"] and not self._is_known
@@ -4493,8 +4513,9 @@ class Worker:
             last_used = short_time(self._notebook.last_modified)
             run.note(CONTINUING.format(session_id, len(cells), last_used))
 
-        if was_queued and action is BringUp.GO_ON:
+        if self._was_busy and action is BringUp.GO_ON:
             run.note(BUSY.format(self._path))
+        self._was_busy = False
 
     def _restore(self, run: Run, cells: list[SavedCell]) -> None:
         """Run the cells of a notebook again, up to the limit, and say which."""
@@ -5130,18 +5151,19 @@ class Session:
             if current is not None and not current.withdraw(WITHDRAWN):
                 self._has_stopped(current)
             self._end_now(kernel_id, restart=restart)
+            # Before all that waits: its call tells of the restore.
+            own = self.submit("", is_first=True) if restart else None
         finally:
             with self.lock:
                 self._is_held = False
                 self.lock.notify_all()
 
-        if not restart:
+        if own is None:
             note = message_taken([IS_SHUT_DOWN.format(self.session_id)], [])
             if current is not None:
                 wait([current.ended], INTERRUPT_S)
             return self._render([*self._take(None, 0.0), note], could_not_run=False)
 
-        own = self.submit("", is_first=True)
         wait([own.ended], max(0.0, deadline - time.monotonic()))
         note = message_taken([RESTARTED.format(self.session_id)], [])
         taken = self._take(own, RESTART_S)
