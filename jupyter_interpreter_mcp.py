@@ -34,25 +34,35 @@ Who calls whom, and in which thread:
 
 A run that outlives its call is carried by three objects: its `Run`, the `Session`
 that keeps it in its queue (waiting, current, finished), and the `Worker`, whose thread
-takes it to its end. Two threads touch a run (the worker fills it, callers take from it)
-and the queue; one lock, the session's, guards both. Beside that, callers only write
-`Kernel.lost` and `Kernel.was_asked_to_end`, and read the kernel's id.
+takes it to its end. After that its cell is in `Notebook._pending` until the file is
+known to hold it.
+
+Two threads touch a run and the queue: the worker fills, callers take. One lock, the
+session's, guards queue, outputs, notes, errors, and the step from "not begun" to
+"begun". Single flags (`Run.stage`, `Run.must_interrupt`, `Interpreter.is_closing`) are
+written by one side and read by the other. Of a kernel, callers read the id and write
+`lost` and `was_asked_to_end`. The client may be used by any thread.
 
 Code reaches a kernel at most once: `Kernel.send` sends, and nothing sends again. It
 runs a second time only in a restore (`plan_restore` says which cells). When the
-websocket breaks after code was sent, `Kernel.wait` connects again under the same name
-and the server hands over what was said. A probe is sent behind the code, and if the
-probe is answered and the code is not, `Kernel._judge` says what that means: not taken
-("Not run"), or unknown.
+websocket breaks after code was sent, `Kernel.wait` connects again under the same name,
+for up to a minute, and the server hands over what was said. A probe is sent behind the
+code; if the probe is answered and the code is not, `Kernel._judge` says what that
+means: not taken ("Not run"), or unknown.
 
 A kernel is known to have been restarted by what it says (`Kernel._take`), by the state
-that the helper in it keeps, or by an execution count that fell back (`Kernel._judge`).
-It can be missed for kernels of other languages that ran more cells since.
+that the helper in it keeps or an execution count that fell back (`Kernel._judge`), by
+the server (`Kernel._ask_server`: there is no such kernel), or by a caller who had it
+ended (`Kernel.lost`). It can be missed for kernels of other languages that ran more
+cells since.
 
-Somebody else's version of a notebook is always kept: `merge` adds our cells to it. In
-the user's kernel lives one module of ours, `KernelHelper`, with hooks before and after
-cells, and the kernel's own directory comes first on PATH; it runs bash, and nothing of
-it shows.
+Somebody else's version of a notebook is always kept: `merge` adds our cells to it; what
+vanishes within seconds of our own save is put back, what a person deletes later is not.
+
+In the user's kernel lives one module of ours, `KernelHelper`, whose source goes along
+with each greeting. It has hooks before and after cells, observes the two functions by
+which IPython runs `!`, handles SIGINT while a script runs, and puts the kernel's own
+directory first on PATH. Nothing of it shows in the user's namespace.
 
 Errors, all raised on purpose:
 
@@ -3167,8 +3177,8 @@ def outcome_of_failure(err: Exception, request: Request | None) -> Outcome:
 class Run:
     """One call's code on its way. It may outlive its call.
 
-    The worker's thread fills it, callers take from it; `lock`, the session's, guards
-    what both touch: stage, outputs, notes, errors and the flags.
+    The worker's thread fills it, callers take from it. `lock`, the session's, guards
+    outputs, notes, errors and how it ends.
     """
 
     def __init__(self, code: str, lock: threading.Condition) -> None:

@@ -3381,8 +3381,8 @@ SILENT_FAILURES = [
     ("!ls /no/such", "status 2"),
     ("!ls /no/such\nprint('on')", "status 2"),
     ("!false\n!true", "status 1"),
-    ("%run failing.py", "ValueError: five"),
-    ("%run leaving.py", "SystemExit: 1"),
+    ("%run ../failing.py", "ValueError: five"),
+    ("%run ../leaving.py", "SystemExit: 1"),
     ("pip install --no-index no-such-package-of-nobody", "status 1"),
     ("vim x", "terminal"),
     ("!vim x", "status 1"),
@@ -3393,8 +3393,8 @@ SILENT_FAILURES = [
 def test_a_failure_that_raises_nothing_is_told_once(
     shell: SharedSession, code: str, error: str
 ) -> None:
-    shell.run("%%bash\necho 'raise ValueError(\"five\")' > failing.py")
-    shell.run("%%bash\necho 'import sys; sys.exit(1)' > leaving.py")
+    shell.run("%%bash\necho 'raise ValueError(\"five\")' > ../failing.py")
+    shell.run("%%bash\necho 'import sys; sys.exit(1)' > ../leaving.py")
     assert error in "".join(shell.run(code)["error"])
     assert shell.run("21 * 2")["error"] == []
 
@@ -3465,8 +3465,8 @@ def test_here_documents_are_written_whole(
 ) -> None:
     text = "\n".join(line.format(number) for number in range(5000))
     with within(5):
-        assert shown(shell.run(f"cat > long.txt <<'EOF'\n{text}\nEOF")) == []
-    written = server.root / "notebooks" / "shell" / "long.txt"
+        assert shown(shell.run(f"cat > ../long.txt <<'EOF'\n{text}\nEOF")) == []
+    written = server.root / "notebooks" / "shell" / "../long.txt"
     assert written.read_text() == text + "\n"
 
 
