@@ -2428,7 +2428,7 @@ class Channel:
         self.name = self.client_session_id
         self._ws: websocket.WebSocket | None = None
         # Whether frames are binary, as the server chose.
-        self._is_binary = False
+        self.is_binary = False
         # When the last message came, or was sent.
         self.heard_at = time.monotonic()
         # How many pieces of an unfinished message are here.
@@ -2476,7 +2476,7 @@ class Channel:
             raise no_answer("The websocket", TimeoutError(), timeout_s)
         self._ws = attempt.result()
         headers = self._ws.getheaders() or {}
-        self._is_binary = headers.get("sec-websocket-protocol") == SUBPROTOCOL
+        self.is_binary = headers.get("sec-websocket-protocol") == SUBPROTOCOL
         self.heard_at = time.monotonic()
 
     def send(self, msg_type: str, msg_id: str, content: Any) -> None:
@@ -2486,11 +2486,11 @@ class Channel:
             ProtocolError: It is larger than servers take.
         """
         session = self.client_session_id
-        frame = encode(msg_type, msg_id, session, content, is_binary=self._is_binary)
+        frame = encode(msg_type, msg_id, session, content, is_binary=self.is_binary)
         if len(frame) > FRAME_BYTES:
             raise ProtocolError(TOO_LARGE.format(len(frame), FRAME_BYTES))
         opcode = websocket.ABNF.OPCODE_TEXT
-        if self._is_binary:
+        if self.is_binary:
             opcode = websocket.ABNF.OPCODE_BINARY
         self._transmit(frame, opcode)
         self.heard_at = time.monotonic()
@@ -2529,7 +2529,7 @@ class Channel:
         self._transmit(b"", websocket.ABNF.OPCODE_PONG, is_needed=False)
         self.heard_at = time.monotonic()
         self._pieces = 0
-        return decode(frame, is_binary=self._is_binary)
+        return decode(frame, is_binary=self.is_binary)
 
     def _note_pieces(self, pieces: int) -> None:
         """See to it that a large message which still comes is no silence."""
@@ -4377,6 +4377,8 @@ class Worker:
         may_restore = bool(cells) and (asked_for or self._settings.restore_limit_s > 0)
         mark = KernelState.RESTORING if may_restore else KernelState.READY
         state = self.kernel.greet(mark, run.hear)
+        if not self.kernel.channel.is_binary:
+            self._owner.has_gateway = True
         self._describe_kernel(model)
 
         # Where an id was given and no notebook is kept, something should be there.
@@ -5300,6 +5302,8 @@ class Interpreter:
         # A lost session can be restored from its notebook.
         self.may_restore = False
         self._sessions: dict[int, Session] = {}
+        # Its kernels may run on another machine: a gateway's speak no binary frames.
+        self.has_gateway = False
         # The files on their way, and what cancels each.
         self.transfers: dict[Future[str], threading.Event] = {}
         self.check_kernel_name(self.settings.kernel_name)
@@ -5830,6 +5834,7 @@ def host_place(
 # --- Tools ----------------------------------------------------------------------------
 
 # What the model reads. An order, because some clients show only the first line.
+ELSEWHERE = "; the file is where the notebooks are, perhaps not where the kernel runs"
 REMOTE_PATH = "relative to the notebooks folder, where cells start"
 UPLOAD_FILE = (
     "Copy a file of this machine, below {}, to the Jupyter server; its bytes do not "
@@ -6209,9 +6214,13 @@ class Tools:
             raise
 
         try:
-            return tool_result(self._report([moved.result()], [], 0))
+            text = moved.result()
         except InterpreterError as err:
             return self._failure(str(err), 0)
+
+        if interpreter.has_gateway:
+            text += ELSEWHERE
+        return tool_result(self._report([text], [], 0))
 
     async def _wait(
         self, future: Future[Any], max_s: float, ctx: Any, newest: Callable[[], str]

@@ -5131,13 +5131,18 @@ def test_a_bare_gateway_has_sessions_and_a_warning(
 
 
 def test_a_server_before_a_gateway_keeps_notebooks(
-    gateway: KernelGateway, servers: Servers, clients: Clients
+    gateway: KernelGateway, servers: Servers, clients: Clients, tmp_path: Path
 ) -> None:
-    """--gateway-url: the way to a cluster."""
+    """--gateway-url: the way to a cluster. Files are where the notebooks are."""
     token = f"--GatewayClient.auth_token={gateway.token}"
     front = servers(f"--gateway-url={gateway.url}", token)
-    client = clients(server=front)
+    (tmp_path / "a.txt").write_text("a")
+    client = clients("--files-dir", str(tmp_path), server=front)
     session_id = client.open("x = 41")
+    paths = {"host_path": "a.txt", "remote_path": "a.txt"}
+    answer = client.start_tool("upload_file", paths).result(30)
+    (copied,) = shown(result_of(answer.model_dump(by_alias=True, mode="json")))
+    assert "perhaps not where the kernel runs" in copied
     assert client.run("x + 1", session_id)["result"] == ["42"]
     assert sources(front.notebook(session_id)) == ["x = 41", "x + 1"]
     front.delete_kernel(session_id)
