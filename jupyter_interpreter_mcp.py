@@ -804,10 +804,15 @@ class Outputs:
             error["evalue"] = "by an interrupt or another's error"
 
         self.error = error
-        # It can have been shown more than once.
+        # It can have been shown more than once, each time with other frames. What it is
+        # stands in the last line; IPython 8 does not always give the name.
         lines = error["traceback"]
-        items = self._items
-        self._items = [item for item in items if item.output.get("traceback") != lines]
+        kept = []
+        for item in self._items:
+            shown = item.output.get("traceback")
+            if shown is None or shown[-1:] != lines[-1:]:
+                kept.append(item)
+        self._items = kept
         if not lines:
             self._drop_printed(short_error(error))
 

@@ -2510,7 +2510,7 @@ TOLD_ONCE: dict[str, tuple[str, list[str], str]] = {
     "an unknown magic": ("%nosuchmagic", [], "UsageError: Line magic function `%nosuchmagic` not found."),
     "a missing picture": ("import IPython.display as d\nd.Image('missing.png')", [], "FileNotFoundError: No such file"),
     "odd bytes": ("raise ValueError('caf\\udce9')", [], "ValueError: caf\ufffd"),
-    "a recursion": ("def f(n): return f(n + 1)\nf(0)", [], "frames ...]"),
+    "a recursion": ("def f(n): return f(n + 1)\nf(0)", [], "frames"),
     "a library": ("import json\njson.loads('{')", [], "JSONDecodeError"),
 }
 # fmt: on
