@@ -143,7 +143,7 @@ from pathlib import Path
 from threading import Thread
 from types import FrameType
 from typing import Annotated, Any, BinaryIO, NamedTuple, TypeVar, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import requests
 import websocket
@@ -611,7 +611,9 @@ def parse_output(
         return None
 
     dumped = printable(json.dumps(content, ensure_ascii=False))
-    fields = parse_fields(json.loads(dumped), FIELDS[msg_type])
+    # No notebook can hold NaN and Infinity.
+    content = json.loads(dumped, parse_constant=lambda _: None)
+    fields = parse_fields(content, FIELDS[msg_type])
     if "metadata" in fields:
         fields["data"] = parse_data(fields["data"])
     if "name" in fields and fields["name"] not in ("stdout", "stderr"):
@@ -671,7 +673,8 @@ def printable(text: str) -> str:
 # What a terminal obeys without showing it.
 ESCAPE = re.compile(
     r"""
-    \x1b (?: \[ [0-?]* [ -/]* [@-~]?             # CSI: a colour, a move, "\x1b[?25l"
+    \x9b [0-?]* [ -/]* [@-~]?                    # CSI in one character
+    | \x1b (?: \[ [0-?]* [ -/]* [@-~]?           # CSI: a colour, a move, "\x1b[?25l"
       | [\]PX^_] [^\x07\x1b]* (?:\x07|\x1b\\)    # OSC, DCS: "\x1b]0;title\x07"
       | [ -/]* [0-~]? )                          # a character set: "\x1b(B"
     """,
@@ -1555,6 +1558,8 @@ class KernelHelper(types.ModuleType):
 
     # A client_session_id that begins so is one of ours.
     PROGRAM = "jupyter-interpreter-mcp"
+    # Set beside PYTHONSAFEPATH for the kernels of --local.
+    SAFE_PATH = "JUPYTER_INTERPRETER_MCP_SAFE_PATH"
     NO_BASH = "There is no bash on the machine where the kernel runs: use Python"
     FORCES = "%%bash on the first line makes it a bash cell"
     # For commands that would ask, page or colour.
@@ -1618,6 +1623,10 @@ class KernelHelper(types.ModuleType):
         self.statuses: list[list[Any]] = []
         self.shown: list[str] | None = None
         self.follow_cells(older)
+
+        if os.environ.pop(self.SAFE_PATH, None):
+            os.environ.pop("PYTHONSAFEPATH", None)
+            sys.path.insert(0, "")  # From now on as in any kernel.
 
         # Makes `python` and `pip` the kernel's own, for bash, `!` and subprocesses;
         # once, because later the user may have activated another environment.
@@ -1981,11 +1990,10 @@ def status_error(
 
 def redirect_error(what: str, status: int, target: str) -> ServerError:
     """Return one sentence for a redirect. None is followed: the token stays here."""
-    target = target.partition("?")[0]
-    path = urlsplit(target).path
-    if "/hub/" in path:
+    target = re.split("[?#]", target)[0]
+    if "/hub/" in target:
         cure = "; start this server in the hub, or check its name"
-    elif "login" in path:
+    elif "login" in target:
         cure = "; check the token and the path of the URL"
     else:
         cure = "; give the final URL as --jupyter-base-url"
@@ -2025,11 +2033,12 @@ def parse_kernel(model: Any) -> KernelModel:
     Raises:
         ServerError: The answer is none.
     """
-    if not isinstance(model, dict) or not isinstance(model.get("id"), str):
+    kernel_id = model.get("id") if isinstance(model, dict) else None
+    if not isinstance(kernel_id, str) or not re.fullmatch(r"[\w.-]+", kernel_id):
         raise ServerError(f"The server's answer is no kernel: {model!r:.80}")
 
     state = str(model.get("execution_state") or "unknown")
-    return KernelModel(model["id"], str(model.get("name")), state)
+    return KernelModel(kernel_id, str(model.get("name")), state)
 
 
 def record(answer: Any) -> dict[str, Any]:
@@ -2070,7 +2079,7 @@ class RemoteJupyterClient:
     ) -> None:
         self.base_url = check_url(base_url)
         check_token(token)
-        self._has_token = bool(token)
+        self._token = token
         if token:
             self._auth = {"Authorization": f"token {token}"}
         else:
@@ -2137,7 +2146,7 @@ class RemoteJupyterClient:
 
         log.debug("%s: %d", what, response.status_code)
         if response.is_redirect:
-            target = response.headers["Location"]
+            target = self._without_token(response.headers["Location"])
             response.close()
             raise redirect_error(what, response.status_code, target)
 
@@ -2155,10 +2164,17 @@ class RemoteJupyterClient:
             if isinstance(answer, dict) and isinstance(answer.get("message"), str):
                 detail = answer["message"] or detail
 
-        if cure is None and response.status_code in (401, 403) and not self._has_token:
+        if cure is None and response.status_code in (401, 403) and not self._token:
             cure = "; no token was given: --jupyter-token or JUPYTER_TOKEN"
 
+        detail = self._without_token(clean(detail))
         return status_error(what, response.status_code, detail, cure)
+
+    def _without_token(self, text: str) -> str:
+        """Return what a server said, without our token, which it may have repeated."""
+        if not self._token:
+            return text
+        return text.replace(self._token, "***").replace(quote(self._token), "***")
 
     def request(
         self,
@@ -2369,7 +2385,8 @@ class RemoteJupyterClient:
         except websocket.WebSocketBadStatusException as err:
             status = int(err.status_code or 0)
             if 300 <= status < 400:
-                target = (err.resp_headers or {}).get("location", "")
+                headers = err.resp_headers or {}
+                target = self._without_token(headers.get("location", ""))
                 raise redirect_error(what, status, target) from err
 
             raise status_error(what, status, "in the handshake") from err
@@ -2608,7 +2625,9 @@ CANNOT_START = (
     "command of its kernelspec may lack its package (ipykernel)"
 )
 KERNEL_GONE = "The kernel is gone: it was shut down, or culled when it was idle."
-NUMBERED = re.compile(r"(.+)_(\d+)")  # ipykernel's msg_id: KERNEL-SESSION_PID_NUMBER
+NUMBERED = re.compile(
+    r"(.+)_(\d{1,18})"
+)  # ipykernel's msg_id: KERNEL-SESSION_PID_NUMBER
 
 
 class KernelState(str, Enum):
@@ -2694,6 +2713,8 @@ class Kernel:
         # What the server last said that it does, and when it was asked.
         self._server_state = ""
         self._asked_at = 0.0
+        # Since when it does not answer; None: it does.
+        self._away_since: float | None = None
         self._execution_count = 0
         # How the client sessions begin whose output is ours.
         self._ours = self.channel.client_session_id
@@ -2711,8 +2732,7 @@ class Kernel:
         Raises:
             KernelDied: It is gone, or does not start. ServerError: No connection.
         """
-        for message in self.channel.close():
-            self._take(message, request, hear)
+        self._hear_last(request, hear)
         self.gaps.restart()
         # The server answers when the kernel is up. One that is up answers at once.
         timeout_s = LOST_S if self.has_greeted else STARTS_S
@@ -2748,16 +2768,24 @@ class Kernel:
 
     def _reconnect(self, request: Request, hear: Hear) -> Request:
         """Connect again as the same client, and send a probe."""
-        time.sleep(RETRY_S)  # A proxy may accept, and break the connection at once.
+        self._hear_last(request, hear)
+        # The server has to notice, to keep what is said; and a proxy may accept, and
+        # break the connection at once.
+        time.sleep(RETRY_S)
         self._open(hear, request, again=True)
         self._is_deaf = True
         return self.probe()
+
+    def _hear_last(self, request: Request | None, hear: Hear) -> None:
+        for message in self.channel.close():
+            with contextlib.suppress(ProtocolError):
+                self._take(message, request, hear)
 
     def close(self, hear: Hear) -> None:
         """Close the channel; what comes last is heard."""
         self.is_ready = False
         for message in self.channel.close():
-            with contextlib.suppress(KernelDied):
+            with contextlib.suppress(KernelDied, ProtocolError):
                 self._take(message, None, hear)
 
     def greet(self, mark: KernelState, hear: Hear) -> KernelState:
@@ -2773,6 +2801,7 @@ class Kernel:
         Raises:
             What `_open` and `wait` do.
         """
+        self.is_ready = False
         self._ours = PROGRAM
         self._open(hear)
         info = self.send("kernel_info_request", {}, is_harmless=True)
@@ -2952,7 +2981,10 @@ class Kernel:
         """
         now_s = time.monotonic()
         silent_s = now_s - self.channel.heard_at
-        if min(silent_s, now_s - self._asked_at) < SILENCE_S:
+        if silent_s < SILENCE_S:
+            self._away_since = None
+            return False
+        if now_s - self._asked_at < SILENCE_S:
             return False
 
         try:
@@ -2960,7 +2992,9 @@ class Kernel:
         except NotFound as err:
             raise self._gone() from err
         except ServerUnreachable:
-            if silent_s > KERNEL_TIMEOUT_S:
+            if self._away_since is None:
+                self._away_since = now_s
+            if now_s - self._away_since > KERNEL_TIMEOUT_S:
                 raise
 
             return False  # It is away for the moment.
@@ -2969,6 +3003,7 @@ class Kernel:
         finally:
             self._asked_at = time.monotonic()
 
+        self._away_since = None
         return True
 
     def _patience_s(self, request: Request, probe: Request | None) -> float:
@@ -3034,14 +3069,11 @@ class Kernel:
         """Take one message, if one comes in time; a malformed one is just logged."""
         try:
             message = self.channel.read(timeout_s)
+            if message is None:
+                return False
+            self._take(message, request, hear)
         except ProtocolError as err:
-            log.warning("Kernel %s: %s", self.kernel_id, err)
-            return True
-
-        if message is None:
-            return False
-
-        self._take(message, request, hear)
+            log.warning("Kernel %s: left out: %s", self.kernel_id, err)
         return True
 
     def _take(self, message: Message, request: Request | None, hear: Hear) -> None:
@@ -3076,17 +3108,13 @@ class Kernel:
             return
         if not message.parent_session.startswith(self._ours):
             return
+        if answered is not None and answered.is_harmless:
+            return  # Of a probe: it says nothing, but for its own interrupt.
 
-        try:
-            event = parse_output(
-                message.msg_type,
-                message.content,
-                is_from_server=self.channel.is_servers_own(message),
-            )
-        except ProtocolError as err:
-            log.warning("Kernel %s: left out: %s", self.kernel_id, err)
-            return
-
+        is_servers_own = self.channel.is_servers_own(message)
+        event = parse_output(
+            message.msg_type, message.content, is_from_server=is_servers_own
+        )
         if event is not None:
             is_late = request is None or message.parent_msg_id != request.msg_id
             hear(event, is_late)
@@ -3203,6 +3231,8 @@ class Run:
         self.errors: list[str] = []
         # Nobody wants it: it is not begun, or interrupted if it runs.
         self.is_withdrawn = False
+        # Nor does anybody want to know.
+        self.is_unwanted = False
         # The worker interrupts the kernel as soon as it has taken the code.
         self.must_interrupt = False
         # Its call returned before it ended: the next call collects it.
@@ -3290,6 +3320,7 @@ class Run:
         """
         with self.lock:
             self.is_withdrawn = True
+            self.is_unwanted = text is None
             if self.stage not in BEFORE_RUNNING:
                 self.must_interrupt = True
                 return False
@@ -3849,7 +3880,7 @@ def outcome_of(cell: Cell, mark: dict[str, Any], times: dict[str, Any]) -> Outco
     elif cell["execution_count"] is not None:
         outcome = Outcome.ENDED_WELL
     if mark:
-        outcome = SAID.get(mark.get("outcome"), Outcome.UNKNOWN)
+        outcome = SAID.get(str(mark.get("outcome")), Outcome.UNKNOWN)
 
     for output in cell["outputs"]:
         is_exit = output.get("ename") == "SystemExit" and output.get("evalue") in EXITS
@@ -4192,7 +4223,7 @@ class Worker:
         # Its kernel was busy with code that no run of ours carries.
         self._was_busy = False
         # Why the last kernel was lost.
-        self._why_lost = KERNEL_GONE
+        self._why_lost = "The kernel was gone."
         # A restore ended, and its report is not yet delivered.
         self._has_restored = False
 
@@ -4224,6 +4255,9 @@ class Worker:
         outcome = Outcome.UNKNOWN
         try:
             outcome = self._perform(run)
+        except Exception as err:  # It must be told.
+            log.exception("Session %d", self._session.session_id)
+            run.fail(f"Internal error: {err!r}; stderr has more")
         finally:
             self._run = None
             self._session.end_current(run, outcome)
@@ -4264,9 +4298,11 @@ class Worker:
         """Interrupt the kernel, once it has taken the code; try again if that fails."""
         if not run.must_interrupt or self._sent is None or not self._sent.was_heard:
             return
-        with contextlib.suppress(ServerError):
+        run.must_interrupt = False
+        try:
             self._client.command(self.kernel.kernel_id, "interrupt")
-            run.must_interrupt = False
+        except ServerError:
+            run.must_interrupt = True
 
     # One run, from its turn to its end
 
@@ -4278,11 +4314,12 @@ class Worker:
         try:
             outcome = self._carry_out(run)
         except Closing:
-            outcome = Outcome.UNKNOWN  # This process ends; the code goes on.
+            # This process ends; the code goes on.
+            run.fail("The MCP server ends; what ran goes on")
             self._save_progress(run)
-            return outcome
+            return Outcome.UNKNOWN
         except Withdrawn:
-            if run.outcome is None:
+            if run.outcome is None and not run.only_waits and not run.is_unwanted:
                 run.fail(WITHDRAWN)
             return Outcome.NEVER_RAN
         except Exception as err:  # noqa: BLE001  # A defect must not wedge the session.
@@ -4423,9 +4460,13 @@ class Worker:
 
     def _take_kernel(self, run: Run) -> KernelModel:
         """Take the session's kernel into use, and say what is waited for."""
+        if self.kernel.lost:
+            self._forget()
         model = self._find_kernel(run)
         if self.kernel.kernel_id != model.kernel_id or self.kernel.lost:
-            self._forget()
+            if self.kernel.kernel_id and not self.kernel.lost:
+                self._why_lost = KERNEL_GONE
+            self.kernel.close(run.hear)
             self.kernel = Kernel(self._client, model.kernel_id, self._tick)
 
         if model.execution_state == "busy":
@@ -4614,7 +4655,7 @@ class Worker:
     def _run_step(self, source: str) -> OutputEvent | None:
         """Run one cell again, and return how it failed, if it did."""
         if self.kernel.has_helper and source.lstrip().startswith("%%bash"):
-            request, _shown = self._send(source)
+            request = self._send(source)[0]
         else:
             request = self.kernel.execute(source)
         self._sent = request
@@ -4666,7 +4707,7 @@ class Worker:
         run.timing["iopub.status.busy"] = began
         run.timing["iopub.execute_input"] = began
         missing = self.kernel.gaps.missing
-        run.request, run.source = self._send(run.code)
+        run.request, run.source, was_asked = self._send(run.code)
         self._sent = run.request
         if self._owner.keeps_notebook:
             # The kernel works meanwhile, so this look costs no time.
@@ -4675,7 +4716,7 @@ class Worker:
 
         reply = self.kernel.wait(run.request, run.hear)
         hint = str(reply.answer.get("hint") or "")
-        if isinstance(reply.answer.get("cell"), str):
+        if was_asked and isinstance(reply.answer.get("cell"), str):
             if run.is_withdrawn:
                 raise Withdrawn
             # It is Python: as itself, so that nothing of ours shows.
@@ -4708,21 +4749,21 @@ class Worker:
 
         return self._outcome_of(run, reply, hint)
 
-    def _send(self, code: str) -> tuple[Request, str]:
+    def _send(self, code: str) -> tuple[Request, str, bool]:
         """Send a cell as itself, or to the helper a script, or what it shall decide.
 
-        Returns: The request, and what the notebook shows.
+        Returns: The request, what the notebook shows, and if the helper is to decide.
         """
         settled = Settled(Language.PYTHON, code)
         if self.kernel.has_helper:
             settled = settle(code)
         if settled.language is Language.PYTHON:
-            return self.kernel.execute(settled.text), settled.text
+            return self.kernel.execute(settled.text), settled.text, False
 
         is_asked = settled.language is Language.UNKNOWN
         call = call_code(f"run({settled.text!r}, {is_asked})")
         request = self.kernel.execute(call, store_history=False)
-        return request, f"%%bash\n{settled.text}"
+        return request, f"%%bash\n{settled.text}", is_asked
 
     def _end_kernel(self) -> None:
         """Have the kernel restarted whose code asked for its end, as by `exit`."""
@@ -4831,12 +4872,13 @@ class Worker:
 STUBBORN = "The code did not stop within {:g} s, it may ignore interrupts: {}"
 NOTHING_RAN = "Nothing ran in session {}"
 NO_KERNEL = "Session {} has no kernel: nothing runs"
+ENDING = "Not run: the MCP server ends"
 WITHDRAWN = "Not run: it was withdrawn before it began"
+STILL_SAVED = "The code has ended; its cell is still being saved"
 SKIPPED = "The restore goes on without {}"
 GOES_TO_ITS_CALL = "Stopped; the call that waits for the code returns its output"
 IS_SHUT_DOWN = (
-    "The kernel of session {} is shut down: its variables are gone, its notebook "
-    "stays; the next call restores the session"
+    "The kernel of session {} is shut down: its variables are gone, its notebook stays"
 )
 RESTARTED = "The kernel of session {} was restarted"
 
@@ -4877,16 +4919,19 @@ class Session:
         """Queue code, as the last or the first that waits; returns at once."""
         run = Run(code, self.lock)
         with self.lock:
-            if is_first:
-                self._waiting.insert(0, run)
-            else:
-                self._waiting.append(run)
+            if self.owner.is_closing:
+                run.withdraw(ENDING)
+                return run
 
             if self._thread is None:
                 thread = threading.Thread(target=self.worker.work, daemon=True)
                 thread.start()
                 self._thread = thread
 
+            if is_first:
+                self._waiting.insert(0, run)
+            else:
+                self._waiting.append(run)
             self.lock.notify_all()
 
         return run
@@ -4912,6 +4957,7 @@ class Session:
             run.finish(outcome)
             self._current = None
             self._finished.append(run)
+            self.lock.notify_all()
 
     def _take(self, own: Run | None, timeout_s: float) -> list[Taken]:
         """Take what no call has seen yet: of earlier runs, then of the call's own.
@@ -4983,12 +5029,14 @@ class Session:
         return True
 
     def _taken_of(self, run: Run, mark: str) -> Taken:
+        late = run.late.take_new(has_ended=True)
+        late_errors = [EARLIER + error_text(o) for o in late if "traceback" in o]
         taken = Taken(
             mark=mark,
             notes=run.notes,
-            late=run.late.take_new(has_ended=True),
+            late=[output for output in late if "traceback" not in output],
             items=run.outputs.take_new(has_ended=run.ended.done()),
-            errors=run.take_errors(),
+            errors=late_errors + run.take_errors(),
             not_kept=run.outputs.not_kept,
             text_path=self.text_path(run) if run.outputs.is_long(self.limit) else "",
         )
@@ -5008,7 +5056,7 @@ class Session:
         """End what waits: this process ends. For the worker."""
         with self.lock:
             for run in self._waiting:
-                run.withdraw("Not run: the MCP server ends")
+                run.withdraw(ENDING)
             self._waiting = []
 
     def has_errors_to_tell(self) -> bool:
@@ -5100,7 +5148,8 @@ class Session:
         elif run.withdraw(WITHDRAWN):
             notes.append(WITHDRAWN)
         elif not self._has_stopped(run):
-            errors.append(self._stubborn())
+            is_saving = run.stage is Stage.SAVING
+            errors.append(STILL_SAVED if is_saving else self._stubborn())
         elif not run.is_abandoned:
             notes.append(GOES_TO_ITS_CALL)
 
@@ -5156,17 +5205,18 @@ class Session:
         Meanwhile nothing begins that waits; it runs in the kernel that comes after.
         """
         deadline = time.monotonic() + RESTART_S
-        kernel_id = self.kernel_id()
-        if not kernel_id:
-            note = message_taken([NO_KERNEL.format(self.session_id)], [])
-            return self._render([note], could_not_run=False)
-
         with self.lock:
             self._is_held = True
             current = self._current
         try:
-            if current is not None and not current.withdraw(WITHDRAWN):
-                self._has_stopped(current)
+            if current is not None:
+                current.withdraw(None if current.only_waits else WITHDRAWN)
+                with self.lock:
+                    self.lock.wait_for(lambda: self._current is None, INTERRUPT_S)
+            kernel_id = self.kernel_id()
+            if not kernel_id:
+                note = message_taken([NO_KERNEL.format(self.session_id)], [])
+                return self._render([note], could_not_run=False)
             self._end_now(kernel_id, restart=restart)
             # Before all that waits: its call tells of the restore.
             own = self.submit("", is_first=True) if restart else None
@@ -5176,7 +5226,10 @@ class Session:
                 self.lock.notify_all()
 
         if own is None:
-            note = message_taken([IS_SHUT_DOWN.format(self.session_id)], [])
+            text = IS_SHUT_DOWN.format(self.session_id)
+            if self.owner.may_restore:
+                text += "; the next call restores the session"
+            note = message_taken([text], [])
             if current is not None:
                 wait([current.ended], INTERRUPT_S)
             return self._render([*self._take(None, 0.0), note], could_not_run=False)
@@ -5190,11 +5243,16 @@ class Session:
         """Have the server end the kernel; whoever waits for it learns of it."""
         kernel = self.worker.kernel
         kernel.was_asked_to_end = True
-        with contextlib.suppress(NotFound):
+        try:
             if restart:
                 self.owner.client.command(kernel_id, "restart", RESTART_S)
             else:
                 self.owner.client.delete(kernel_id)
+        except NotFound:
+            pass  # Somebody was faster.
+        except ServerError:
+            kernel.was_asked_to_end = False
+            raise
         kernel.lost = ENDED_AS_ASKED
 
     def _render(self, taken: list[Taken], *, could_not_run: bool) -> Result:
@@ -5491,6 +5549,7 @@ class Transfer:
                     undo.callback(tidy._rename, aside, target)
                     self._rename(target, aside)
                 self._rename(temporary, target)
+                self._look(target)  # It is there, or the error says that it is not.
                 undo.pop_all()
 
             if overwrite:
@@ -5653,6 +5712,8 @@ class Transfer:
                     self._check()
                     file.write(piece)
                     self.done_bytes = file.tell()
+                    if self.done_bytes > self.total_bytes:
+                        raise changed(path)
             except requests.RequestException as err:
                 raise no_answer(f"GET {url}", err, STALL_S) from err
 
@@ -5697,13 +5758,15 @@ def parse_remote_file(path: str, model: Any) -> RemoteFile:
         if model["type"] == "directory":
             raise TransferError(f"{path} is a folder: name a file; tar packs a folder")
         return RemoteFile(int(model["size"]), str(model["last_modified"]))
-    except (TypeError, KeyError, ValueError) as err:
+    except (TypeError, KeyError, ValueError, OverflowError) as err:
         raise malformed(path) from err
 
 
 def remote_target(folder: str, remote_path: str) -> str:
     """Return a path from the server's root, given one from the notebooks folder."""
     path = posixpath.normpath(posixpath.join(folder, remote_path))
+    if re.search(r"[\x00-\x1f]", remote_path):
+        raise TransferError(f"{remote_path!r} is no path: it has control characters")
     if remote_path.startswith("/") or path.split("/")[0] == "..":
         text = f"{remote_path} is not below the server's root; give a path relative to "
         raise TransferError(f"{text}the notebooks folder")
@@ -5893,12 +5956,15 @@ class Stdin:
     half a surrogate pair without an answer.
     """
 
-    def __init__(self, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, on_end: Callable[[], None], on_stop: Callable[[str], None]
+    ) -> None:
         self._file = open(os.dup(0), "rb")  # noqa: SIM115  # Open to the end.
         self._on_end = on_end
-        # Ids of the requests that a user stopped: not those whose time was over, and
-        # not those that the SDK cancels at the end of stdin.
-        self.stopped: set[str] = set()
+        # Takes the id of a request that a user stopped: none whose time was over, and
+        # none that the SDK cancels at the end of stdin. Clients that are stopped end
+        # this process a moment later, so it does not wait for the SDK.
+        self._on_stop = on_stop
 
     def readline(self) -> str:
         line = self._file.readline()
@@ -5910,16 +5976,19 @@ class Stdin:
             with contextlib.suppress(ValueError, RecursionError):
                 line = dump(json.loads(line)).encode("utf-8", "replace") + b"\n"
 
-        if b"notifications/cancelled" in line:
+        if b"cancelled" in line:
             self._note_reason(line)
 
         return line.decode("utf-8", "replace")
 
     def _note_reason(self, line: bytes) -> None:
-        with contextlib.suppress(ValueError, AttributeError):
-            params = json.loads(line).get("params") or {}
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            note = json.loads(line)
+            params = note.get("params") or {}
+            if note.get("method") != "notifications/cancelled":
+                return
             if not TIMED_OUT.search(str(params.get("reason"))):
-                self.stopped.add(str(params.get("requestId")))
+                self._on_stop(str(params.get("requestId")))
 
 
 class Stdout(io.FileIO):
@@ -5940,12 +6009,12 @@ def serve(interpreter: Interpreter) -> None:
     def client_left() -> None:
         interpreter.is_closing = True  # It leaves its code running: nothing is stopped.
 
-    stdin = Stdin(client_left)
+    tools = Tools(interpreter)
+    stdin = Stdin(client_left, tools.stop)
     pipe = io.BufferedWriter(Stdout(os.dup(1), "wb"))
     stdout = io.TextIOWrapper(pipe, "utf-8")
     os.dup2(2, 1)  # What is printed past the SDK must not reach the client.
     sdk, server, lowlevel = make_server(interpreter)
-    tools = Tools(interpreter, stdin.stopped)
     add_tools(server, sdk, tools)
     if interpreter.settings.files_dir is not None:
         add_file_tools(server, sdk, tools)
@@ -6149,15 +6218,19 @@ def add_file_tools(server: Any, sdk: Any, tools: "Tools") -> None:
 
 
 class Tools:
-    """The tools' handlers: they wait, and everything that blocks goes through a thread.
+    """The tools' handlers: they wait, and all that blocks goes through a thread."""
 
-    Args:
-        stopped: Ids of the requests that a user stopped.
-    """
-
-    def __init__(self, interpreter: Interpreter, stopped: set[str]) -> None:
+    def __init__(self, interpreter: Interpreter) -> None:
         self.interpreter = interpreter
-        self._stopped = stopped
+        # The runs whose calls wait, by the id of the request.
+        self._runs: dict[str, Run] = {}
+
+    def stop(self, request_id: str) -> None:
+        """Withdraw the run of a request that a user stopped. From any thread."""
+        run = self._runs.get(request_id)
+        if run is not None:
+            run.is_abandoned = True
+            run.withdraw(None)
 
     async def run_code(
         self, code: str, session_id: int, timeout_s: float, kernel_name: str, ctx: Any
@@ -6169,14 +6242,14 @@ class Tools:
             return self._failure(str(err), session_id)
 
         run = session.submit(code)
+        self._runs[str(ctx.request_id)] = run
         try:
             await self._wait(run.ended, timeout_s, ctx, session.newest_line)
         except asyncio.CancelledError:
-            run.is_abandoned = True
-            if str(ctx.request_id) in self._stopped:
-                run.withdraw(None)
+            run.is_abandoned = True  # `stop` was called before if a user wanted it.
             raise
-
+        finally:
+            self._runs.pop(str(ctx.request_id), None)
         collected = in_thread(session.collect, run, timeout_s)
         return tool_result(await asyncio.wrap_future(collected))
 
@@ -6315,6 +6388,8 @@ def check_url(text: str) -> str:
         ConfigError: It is none. The text is not repeated: it can be or hold a token.
     """
     address, _, query = text.partition("?")
+    if "token=" in unquote(address):
+        raise ConfigError("A URL holds no token: that goes to --jupyter-token")
     try:
         requests.Request("GET", address).prepare()
         (urlsplit(address).hostname or "").encode("idna")
@@ -6468,7 +6543,10 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             flag = name.removesuffix("_s").replace("_", "-")
             parser.error(f"--{flag} must be from {least} to {most:.0f}")
 
-    if (options.notebooks_folder or "").startswith("~"):
+    folder = options.notebooks_folder or ""
+    if folder != folder.encode("utf-8", "replace").decode():
+        parser.error("--notebooks-folder is no UTF-8")
+    if folder.startswith("~"):
         parser.error("--notebooks-folder: only the server knows its ~, write it out")
     if (options.local is None) == (options.jupyter_base_url is None):
         servers = "--jupyter-base-url (or its variable, or .env) and --local"
@@ -6532,6 +6610,9 @@ def local_server(root: Path) -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
         # The user's own settings (a port, a password) are for other servers.
         settings = {"JUPYTER_TOKEN": token, "JUPYTER_CONFIG_DIR": empty}
+        # Nor is an ipykernel_launcher.py of a project run as the kernel (Python 3.11
+        # and newer); the helper takes this away for what the kernel starts.
+        settings |= {"PYTHONSAFEPATH": "1", KernelHelper.SAFE_PATH: "1"}
         process = subprocess.Popen(
             [*command, *LOCAL_FLAGS.split()],
             stdin=subprocess.PIPE,

@@ -4762,6 +4762,32 @@ def test_the_count_of_a_probe_is_what_the_next_is_compared_with() -> None:
         kernel._judge(jim.Request(), probe)
 
 
+def kernel_says(**fields: Any) -> jim.Message:
+    """Return a message of a kernel, a status by default."""
+    names = {"channel": "iopub", "msg_type": "status", "msg_id": "m", "content": {}}
+    parent = {"parent_msg_id": "", "parent_session": jim.PROGRAM}
+    return jim.Message(**{**names, **parent, **fields})
+
+
+MALFORMED_IN_A_WAIT = [
+    kernel_says(content={"execution_state": [1]}),
+    kernel_says(msg_id="k_" + "9" * 5000),
+    kernel_says(msg_type="stream", content={"name": "stdnull", "text": "x"}),
+    kernel_says(msg_type="display_data", content={"data": 3}),
+]
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("malformed", MALFORMED_IN_A_WAIT)
+def test_a_malformed_message_breaks_no_wait(
+    malformed: jim.Message, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel: Any = jim.Kernel(NoServer(), "k", lambda: None)  # type: ignore[arg-type]
+    kernel.has_helper = True
+    monkeypatch.setattr(kernel.channel, "read", lambda _: malformed)
+    assert kernel._read(0.0, None, jim.ignore)
+
+
 @pytest.mark.pure
 def test_numbers_that_lack_are_counted_as_missing_messages() -> None:
     gaps = jim.Gaps()
@@ -8008,7 +8034,11 @@ REASONS_OF_CANCELLATION = [
 ]
 
 
-def stdin_of(data: bytes, on_end: Callable[[], None]) -> jim.Stdin:
+def stdin_of(
+    data: bytes,
+    on_end: Callable[[], None] = lambda: None,
+    on_stop: Callable[[str], None] = lambda _: None,
+) -> jim.Stdin:
     """The reader of standard input, on a pipe that holds these bytes."""
     reader, writer = os.pipe()
     os.write(writer, data)
@@ -8016,7 +8046,7 @@ def stdin_of(data: bytes, on_end: Callable[[], None]) -> jim.Stdin:
     kept = os.dup(0)
     os.dup2(reader, 0)
     try:
-        return jim.Stdin(on_end)
+        return jim.Stdin(on_end, on_stop)
     finally:
         os.dup2(kept, 0)
         os.close(kept)
@@ -8030,9 +8060,10 @@ def test_a_cancellation_whose_reason_is_a_time_out_is_known(
 ) -> None:
     params = {"requestId": 7, "reason": reason}
     line = json.dumps({"method": "notifications/cancelled", "params": params})
-    stdin = stdin_of(line.encode() + b"\n", lambda: None)
+    stopped: list[str] = []
+    stdin = stdin_of(line.encode() + b"\n", on_stop=stopped.append)
     assert json.loads(stdin.readline())["params"] == params
-    assert stdin.stopped == (set() if is_timeout else {"7"})
+    assert stopped == ([] if is_timeout else ["7"])
 
 
 @pytest.mark.pure
@@ -9044,6 +9075,20 @@ def test_an_absolute_folder_leaves_no_kernel_behind(server: JupyterServer) -> No
     assert command(*flags, f"{server.root}/absolute").returncode == 0
     assert command(*flags, "/etc").returncode == 1
     assert server.kernels() == before
+
+
+def test_local_runs_no_kernel_of_the_projects(tmp_path: Path) -> None:
+    """A project's file with the name of ipykernel's; its own modules are imported."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    (folder / "ipykernel_launcher.py").write_text("open('run by a stranger', 'w')")
+    (folder / "mine.py").write_text("value = 42")
+    ended = command(
+        "--local", str(tmp_path), "--execute", "import mine; mine.value", cwd=tmp_path
+    )
+    assert json.loads(ended.stdout)["result"] == ["42"]
+    if sys.version_info >= (3, 11):
+        assert not (folder / "run by a stranger").exists()
 
 
 def test_local_runs_a_server_of_its_own(tmp_path: Path) -> None:
