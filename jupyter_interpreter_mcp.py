@@ -2164,9 +2164,6 @@ class RemoteJupyterClient:
             if isinstance(answer, dict) and isinstance(answer.get("message"), str):
                 detail = answer["message"] or detail
 
-        if cure is None and response.status_code in (401, 403) and not self._token:
-            cure = "; no token was given: --jupyter-token or JUPYTER_TOKEN"
-
         detail = self._without_token(clean(detail))
         return status_error(what, response.status_code, detail, cure)
 
@@ -4638,7 +4635,9 @@ class Worker:
         self._enter(plan.last_folder)
         names: list[str] = []
         if self.kernel.has_helper:
-            names = self.kernel.ask("names()").get("names", [])
+            told = self.kernel.ask("names()").get("names")
+            if isinstance(told, list):
+                names = [str(name) for name in told]
             self.kernel.wait(self.kernel.probe(KernelState.RESTORED), ignore)
             self._has_restored = True
 
@@ -5540,7 +5539,8 @@ class Transfer:
         tidy = Transfer(self.client, self.root, self.folder, TIDY_S)
         with host_source(self.root, host_path) as source, explained(target):
             self._check_free(target, overwrite)
-            self.client.make_folder(posixpath.dirname(target))
+            folder = posixpath.dirname(target)
+            self._insist(lambda _: self.client.make_folder(folder))
 
             with contextlib.ExitStack() as undo:
                 undo.callback(tidy._remove, temporary)
@@ -5549,7 +5549,8 @@ class Transfer:
                     undo.callback(tidy._rename, aside, target)
                     self._rename(target, aside)
                 self._rename(temporary, target)
-                self._look(target)  # It is there, or the error says that it is not.
+                # It is there, or the error says that it is not.
+                self._insist(lambda _: self._look(target))
                 undo.pop_all()
 
             if overwrite:

@@ -7880,6 +7880,7 @@ def test_an_answer_that_is_lost_repeats_no_chunk(
     files.up("chunks", "chunks")
     assert (files.remote / "chunks").read_bytes() == content
     (files.host / "chunks").write_bytes(content[::-1])
+    answers.clear()
     files.up("chunks", "chunks", overwrite=True)
     assert (files.remote / "chunks").read_bytes() == content[::-1]
     assert files.left() == []
@@ -8687,7 +8688,8 @@ def test_execute_with_a_short_timeout_names_flags_to_go_on(
     server: JupyterServer, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
-    code = f"until [ -e {gate} ]; do sleep 0.05; done; echo ran"
+    # The pause: a connection is counted before all of its channels are open.
+    code = f"until [ -e {gate} ]; do sleep 0.05; done; sleep 1; echo ran"
     flags = flags_for(server)
     early = execute(*flags, "--execute", code, "--timeout", "4")
     (error,) = early["error"]
