@@ -6246,13 +6246,16 @@ class Tools:
         self._runs[str(ctx.request_id)] = run
         try:
             await self._wait(run.ended, timeout_s, ctx, session.newest_line)
+            await until_cancelled(run)
+            collected = in_thread(session.collect, run, timeout_s)
+            result = await asyncio.wrap_future(collected)
+            await until_cancelled(run)
         except asyncio.CancelledError:
             run.is_abandoned = True  # `stop` was called before if a user wanted it.
             raise
         finally:
             self._runs.pop(str(ctx.request_id), None)
-        collected = in_thread(session.collect, run, timeout_s)
-        return tool_result(await asyncio.wrap_future(collected))
+        return tool_result(result)
 
     async def interrupt(
         self, session_id: int, restart: bool, shutdown: bool, ctx: Any
@@ -6329,6 +6332,16 @@ class Tools:
         report = Report(self.interpreter.settings)
         report.add(message_taken(texts, errors))
         return report.finish(session_id, "", could_not_run=bool(errors))
+
+
+async def until_cancelled(run: Run) -> None:
+    """Wait, if a user stopped the run, for the SDK to cancel its handler.
+
+    The SDK reads the same line a moment later; its 1.x breaks if the request is
+    answered meanwhile.
+    """
+    if run.is_unwanted:
+        await asyncio.sleep(HTTP_TIMEOUT_S)
 
 
 def tool_result(result: Result) -> Any:

@@ -9353,6 +9353,94 @@ def test_bench_memory(tmp_path: Path) -> None:
     row("memory of five 100 MB prints, MB more than after one", figure, more, 30)
 
 
+def curl_up(server: JupyterServer, folder: Path, data: bytes) -> float:
+    """Send a file with curl as we do, in chunks over one connection; the seconds."""
+    token = f"Authorization: token {server.token}"
+    arguments = ["curl"]
+    starts = range(0, len(data), jim.CHUNK_BYTES)
+    for number, start in enumerate(starts, 1):
+        content = base64.b64encode(data[start : start + jim.CHUNK_BYTES]).decode()
+        chunk = -1 if number == len(starts) else number
+        model = {"type": "file", "format": "base64", "chunk": chunk, "content": content}
+        body = folder / f"chunk{number}"
+        body.write_text(json.dumps(model))
+        if number > 1:
+            arguments.append("--next")
+        json_type = "Content-Type: application/json"
+        arguments += [
+            "-sSf",
+            "-X",
+            "PUT",
+            "-H",
+            token,
+            "-H",
+            json_type,
+            "-H",
+            "Expect:",
+        ]
+        arguments += ["--data-binary", f"@{body}", "-o", "/dev/null"]
+        arguments.append(f"{server.url}/api/contents/curl")
+    started = time.perf_counter()
+    subprocess.run(arguments, check=True)
+    return time.perf_counter() - started
+
+
+def curl_down(server: JupyterServer, folder: Path) -> float:
+    token = f"Authorization: token {server.token}"
+    target = ["-o", str(folder / "down"), f"{server.url}/files/curl"]
+    started = time.perf_counter()
+    subprocess.run(["curl", "-sSf", "-H", token, *target], check=True)
+    return time.perf_counter() - started
+
+
+@pytest.mark.bench
+def test_bench_files(
+    fast_server: JupyterServer, clients: Clients, tmp_path: Path
+) -> None:
+    """A file of 100 MB up and down again."""
+    files = files_with(clients, fast_server, tmp_path)
+    data = os.urandom(100_000_000)
+    (files.host / "data").write_bytes(data)
+    (files.host / "small").write_bytes(data[:5_000_000])
+    files.up("small", "small")
+    before = files.client.memory()
+    up: list[float] = []
+    down: list[float] = []
+    curls_up: list[float] = []
+    curls_down: list[float] = []
+    for number in range(3):
+        curls_up.append(curl_up(fast_server, tmp_path, data))
+        curls_down.append(curl_down(fast_server, tmp_path))
+        started = time.perf_counter()
+        files.up("data", f"data{number}")
+        up.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        files.down(f"data{number}", f"back{number}")
+        down.append(time.perf_counter() - started)
+    compare("100 MB up / curl", up, curls_up, 1.5)
+    compare("100 MB down / curl", down, curls_down, 1.5)
+    more = (files.client.memory() - before) / 1e6
+    row("memory of 100 MB up and down, MB more", f"{more:.1f} MB", more, 20)
+
+
+CHARACTERS = {
+    "print(42)": "print(42)",
+    "a table of 20 rows": "import pandas\npandas.DataFrame({'a': range(20), 'b': 1.5})",
+    "a KeyError of pandas": "import pandas\npandas.DataFrame({'a': [1]})['b']",
+    "a plot": "import matplotlib.pyplot as plt\nplt.plot([1, 4, 9]);",
+}
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("what", CHARACTERS)
+def test_bench_characters(fast: Client, what: str) -> None:
+    """What reaches the model; of other servers README has figures."""
+    answer = fast.call(CHARACTERS[what])
+    size = len(answer["content"][0]["text"])
+    pictures = len(answer["content"]) - 1
+    row(f"characters of {what}", f"{size} and {pictures} pictures", size, 1_000)
+
+
 @pytest.mark.bench
 def test_bench_50_sessions(fast: Client) -> None:
     calls = [fast.start("own = 1", timeout=170) for _ in range(50)]
