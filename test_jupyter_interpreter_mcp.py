@@ -5212,8 +5212,8 @@ def call_of(code: str, session_id: int) -> dict[str, Any]:
 
 
 SAYS_HOW_IT_ENDS = """import time
-tell('begun')
 try:
+    tell('begun')
     wait()
     tell('ran on')
 except KeyboardInterrupt:
