@@ -123,6 +123,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -346,16 +347,15 @@ def encode(
 
     Source: WebSocket kernel wire protocols.
     """
-    header = {
-        "msg_id": msg_id,
-        "msg_type": msg_type,
-        "session": session,
-        "username": "",
-        "date": now(),
-        "version": "5.3",
-    }
     parts_of = {
-        "header": header,
+        "header": {
+            "msg_id": msg_id,
+            "msg_type": msg_type,
+            "session": session,
+            "username": "",
+            "date": now(),
+            "version": "5.3",
+        },
         "parent_header": {},
         "metadata": {},
         "content": content,
@@ -369,15 +369,15 @@ def encode(
         parts.append(dump(part).encode("utf-8", "replace"))
 
     # First the number of offsets, then the offset of each part and of the end.
-    count = len(parts) + 1
-    offset = 8 * (count + 1)
-    numbers = [count, offset]
+    offsets = [8 * 7]
     for part in parts:
-        offset += len(part)
-        numbers.append(offset)
+        offsets.append(offsets[-1] + len(part))
 
-    head = b"".join(number.to_bytes(8, "little") for number in numbers)
-    return head + b"".join(parts)
+    return struct.pack("<7Q", len(offsets), *offsets) + b"".join(parts)
+
+
+# What reading something that is no message raises.
+MALFORMED = (ValueError, LookupError, TypeError, RecursionError, struct.error)
 
 
 def decode(frame: bytes, *, is_binary: bool) -> Message:
@@ -391,7 +391,7 @@ def decode(frame: bytes, *, is_binary: bool) -> Message:
             channel, header, parent, content = split_binary(frame)
         else:
             channel, header, parent, content = split_json(frame)
-    except (ValueError, LookupError, TypeError, RecursionError) as err:
+    except MALFORMED as err:
         raise ProtocolError(f"A frame is no message: {err!r:.200}") from err
 
     if not isinstance(header, dict) or not isinstance(content, dict):
@@ -413,7 +413,7 @@ def decode(frame: bytes, *, is_binary: bool) -> Message:
 
 def split_binary(frame: bytes) -> tuple[Any, Any, Any, Any]:
     """Return channel, header, parent_header and content of a binary frame."""
-    ends = [int.from_bytes(frame[at : at + 8], "little") for at in range(8, 56, 8)]
+    ends = struct.unpack_from("<6Q", frame, 8)
     parts = []
     for start, end in pairwise(ends):
         # A kernel may send bytes that are no UTF-8.
@@ -426,20 +426,14 @@ def split_json(frame: bytes) -> tuple[Any, Any, Any, Any]:
     """Return channel, header, parent_header and content of a JSON frame."""
     if frame[:1] != b"{":
         # With buffers: their number, then the offset of each, in 4 bytes each.
-        start = int.from_bytes(frame[4:8], "big")
-        end = int.from_bytes(frame[8:12], "big")
+        start, end = struct.unpack_from(">2I", frame, 4)
         frame = frame[start:end]
 
-    fields = json.loads(frame.decode("utf-8", "replace"))
-    return (
-        fields["channel"],
-        fields["header"],
-        fields.get("parent_header"),
-        fields["content"],
-    )
+    msg = json.loads(frame.decode("utf-8", "replace"))
+    return msg["channel"], msg["header"], msg.get("parent_header"), msg["content"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reply:
     """The content of the reply to a request.
 
@@ -458,49 +452,36 @@ class Reply:
 
 def parse_reply(content: dict[str, Any]) -> Reply:
     """Return what a reply says; what is malformed in it counts as not said."""
-    count = content.get("execution_count")
-    if not isinstance(count, int):
-        count = None
+    reply = Reply(status=str(content.get("status", "ok")))
+    reply.implementation = str(content.get("implementation"))
+    reply.language_info = dict_in(content, "language_info")
+    if isinstance(content.get("execution_count"), int):
+        reply.execution_count = content["execution_count"]
+
+    if reply.status != "ok":
+        try:
+            reply.error = parse_output("error", content)
+        except ProtocolError as err:
+            reply.error = error_event("Malformed", f"The reply is malformed: {err}")
 
     payload = content.get("payload")
     if not isinstance(payload, list):
         payload = []
 
-    answer: dict[str, Any] = {}
-    pages = []
-    ends_kernel = False
     for part in payload:
         source = part.get("source") if isinstance(part, dict) else None
         if source == HELPER_NAME:
-            answer.update(part)
+            reply.answer.update(part)
         elif source == "page" and isinstance(part.get("data"), dict):
-            pages.append(part["data"])
+            reply.pages += (part["data"],)
         elif source == "ask_exit":
-            ends_kernel = not part.get("keepkernel")
+            reply.ends_kernel = not part.get("keepkernel")
 
-    status = str(content.get("status", "ok"))
-    error = None
-    if status != "ok":
-        error = error_of(content)
+    if reply.answer.get("error"):
+        reply.status = "error"  # Of a command: as if the reply said so.
+        reply.error = error_event("BashError", str(reply.answer["error"]))
 
-    if answer.get("error"):
-        status = "error"  # Of a command: as if the reply said so.
-        error = error_event("BashError", str(answer["error"]))
-
-    language_info = content.get("language_info")
-    if not isinstance(language_info, dict):
-        language_info = {}
-
-    return Reply(
-        status=status,
-        execution_count=count,
-        error=error,
-        answer=answer,
-        pages=tuple(pages),
-        ends_kernel=ends_kernel,
-        implementation=str(content.get("implementation")),
-        language_info=language_info,
-    )
+    return reply
 
 
 def error_event(ename: str, evalue: str) -> "OutputEvent":
@@ -508,17 +489,6 @@ def error_event(ename: str, evalue: str) -> "OutputEvent":
     return OutputEvent(
         "error", {"ename": ename, "evalue": evalue, "traceback": [evalue]}
     )
-
-
-def error_of(content: dict[str, Any]) -> "OutputEvent":
-    """Return the error that a reply tells, whatever it is."""
-    try:
-        event = parse_output("error", content)
-    except ProtocolError as err:
-        return error_event("Malformed", f"The reply is malformed: {err}")
-    if event is None:
-        raise ProtocolError("An error is an output")
-    return event
 
 
 class Request:
