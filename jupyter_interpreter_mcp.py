@@ -1907,6 +1907,7 @@ finally:
 NO_JUPYTER = "this is not a Jupyter server, or the URL lacks a path"
 NO_JUPYTER += "; check --jupyter-base-url"
 CANNOT_WRITE = "; can it write there? See --notebooks-folder"
+IS_JSON = {"Content-Type": "application/json"}
 
 PROXY_ERRORS = (requests.exceptions.ProxyError, websocket.WebSocketProxyException)
 TLS_ERRORS = (requests.exceptions.SSLError, ssl.SSLError)
@@ -1992,9 +1993,8 @@ class KernelModel:
 
     kernel_id: str
     name: str
-    execution_state: (
-        str  # starting, idle, busy, restarting, dead; "unknown" of gateways
-    )
+    # starting, idle, busy, restarting, dead; "unknown" of gateways
+    execution_state: str
 
 
 def parse_kernel(model: Any) -> KernelModel:
@@ -2082,9 +2082,9 @@ class RemoteJupyterClient:
         verb: str,
         url_path: str,
         *,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] = IS_JSON,
         body: Any = None,
-        timeout_s: float = HTTP_TIMEOUT_S,
+        timeout_s: float,
         cure: str | None = None,
     ) -> requests.Response:
         """Send one request, and return its answer, whose body is still to be read.
@@ -2099,9 +2099,7 @@ class RemoteJupyterClient:
         """
         url = f"{self.base_url}/{url_path}"
         what = f"{verb} {url}"
-        request = requests.Request(
-            verb, url, {**self._auth, **(headers or {})}, data=body
-        )
+        request = requests.Request(verb, url, {**self._auth, **headers}, data=body)
         try:
             response = self._http.send(
                 request.prepare(),
@@ -2129,10 +2127,9 @@ class RemoteJupyterClient:
         self, what: str, response: requests.Response, cure: str | None
     ) -> ServerError:
         detail = response.reason or ""
-        with contextlib.suppress(requests.RequestException, ValueError, ServerError):
-            answer = json.loads(read_body(response, what, LIST_BYTES, HTTP_TIMEOUT_S))
-            if isinstance(answer, dict) and isinstance(answer.get("message"), str):
-                detail = answer["message"] or detail
+        with contextlib.suppress(ServerError, ValueError, RecursionError):
+            body = read_body(response, what, LIST_BYTES, HTTP_TIMEOUT_S)
+            detail = text_in(record(json.loads(body)), "message") or detail
 
         detail = self._without_token(clean(detail))
         return status_error(what, response.status_code, detail, cure)
@@ -2168,15 +2165,8 @@ class RemoteJupyterClient:
         what = f"{verb} {self.base_url}/api/{path}"
 
         def exchange() -> bytes:
-            headers = {"Content-Type": "application/json"}
-            response = self.send(
-                verb,
-                f"api/{path}",
-                headers=headers,
-                body=body,
-                timeout_s=max_s,
-                cure=cure,
-            )
+            url = f"api/{path}"
+            response = self.send(verb, url, body=body, timeout_s=max_s, cure=cure)
             return read_body(response, what, max_bytes, max_s)
 
         # In a thread: a server that drips its header would hold us for ever.
@@ -2329,9 +2319,6 @@ class RemoteJupyterClient:
         # the library does not look into the environment by itself.
         via = requests.utils.select_proxy(self.base_url, self.proxies) or ""
         proxy = urlsplit(via)
-        never_proxied = ["*"]
-        if proxy.hostname:
-            never_proxied = [""]
 
         try:
             return websocket.create_connection(
@@ -2347,16 +2334,11 @@ class RemoteJupyterClient:
                 http_proxy_host=proxy.hostname or "-",
                 http_proxy_port=proxy.port or 80,
                 http_proxy_auth=requests.utils.get_auth_from_url(via),
-                http_no_proxy=never_proxied,
+                # Hosts without a proxy: all, or, as a URL is no host, none.
+                http_no_proxy=[via or "*"],
             )
         except websocket.WebSocketBadStatusException as err:
-            status = int(err.status_code or 0)
-            if 300 <= status < 400:
-                headers = err.resp_headers or {}
-                target = self._without_token(headers.get("location", ""))
-                raise redirect_error(what, status, target) from err
-
-            raise status_error(what, status, "in the handshake") from err
+            raise status_error(what, err.status_code or 0, "in the handshake") from err
         except (websocket.WebSocketException, OSError) as err:
             raise no_answer(what, err, timeout_s) from err
 
@@ -2373,20 +2355,16 @@ def read_body(
     pieces = []
     size = 0
     try:
-        for piece in response.iter_content(PIECE_BYTES):
-            pieces.append(piece)
-            size += len(piece)
-            if size > max_bytes:
-                response.close()
-                raise ServerError(f"{what} failed: its answer has no end; {NO_JUPYTER}")
-
-            if time.monotonic() > deadline:
-                response.close()
-                raise no_answer(what, TimeoutError(), max_s)
+        with response:
+            for piece in response.iter_content(PIECE_BYTES):
+                pieces.append(piece)
+                size += len(piece)
+                if size > max_bytes:
+                    text = f"{what} failed: its answer has no end; {NO_JUPYTER}"
+                    raise ServerError(text)
+                if time.monotonic() > deadline:
+                    raise TimeoutError
     except (requests.RequestException, OSError) as err:
-        if isinstance(err, ServerError):
-            raise
-
         raise no_answer(what, err, max_s) from err
 
     return b"".join(pieces)

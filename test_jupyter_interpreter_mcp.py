@@ -4322,6 +4322,7 @@ HTTP_FAILURES: list[tuple[dict[str, Any], list[str]]] = [
     ({"status": 409, "body": "no JSON"}, ["409", "Conflict"]),
     ({"status": 500, "json": {"message": "disk full"}}, ["500", "disk full"]),
     ({"status": 500, "json": []}, ["500"]),
+    ({"status": 500, "body": b"[" * 100_000}, ["500"]),
     ({"status": 502, **HTML}, ["502"]),
     ({"status": 302, "headers": {"Location": "https://hub.example/hub/login?next=x"}}, ["https://hub.example/hub/login"]),
     ({"status": 301, "headers": {"Location": "https://jupyter.example/"}}, ["https://jupyter.example/"]),
