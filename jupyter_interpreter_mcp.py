@@ -2334,7 +2334,8 @@ class RemoteJupyterClient:
                 http_proxy_host=proxy.hostname or "-",
                 http_proxy_port=proxy.port or 80,
                 http_proxy_auth=requests.utils.get_auth_from_url(via),
-                # Hosts without a proxy: all, or, as a URL is no host, none.
+                # What is reached without the proxy: every host if there is none, else
+                # no host, as none is called like the proxy's URL.
                 http_no_proxy=[via or "*"],
             )
         except websocket.WebSocketBadStatusException as err:
@@ -2435,13 +2436,13 @@ class Channel:
             while not attempt.done() and time.monotonic() < deadline:
                 meanwhile()
                 wait([attempt], TICK_S)
+            self._ws = attempt.result(0)
+        except FutureTimeout as err:
+            raise no_answer("The websocket", TimeoutError(), timeout_s) from err
         finally:
-            if not attempt.done():
+            if self._ws is None:
                 attempt.add_done_callback(close_late)
 
-        if not attempt.done():
-            raise no_answer("The websocket", TimeoutError(), timeout_s)
-        self._ws = attempt.result()
         headers = self._ws.getheaders() or {}
         self.is_binary = headers.get("sec-websocket-protocol") == SUBPROTOCOL
         self.heard_at = time.monotonic()
@@ -2479,7 +2480,11 @@ class Channel:
             BlockingIOError,
             ssl.SSLWantReadError,
         ):
-            self._note_pieces(len(self._ws.frame_buffer.recv_buffer))
+            # A large message which still comes is no silence.
+            pieces = len(self._ws.frame_buffer.recv_buffer)
+            if pieces > self._pieces:
+                self.heard_at = time.monotonic()
+            self._pieces = pieces
             return None
         except (websocket.WebSocketException, OSError) as err:
             self.drop()
@@ -2497,12 +2502,6 @@ class Channel:
         self.heard_at = time.monotonic()
         self._pieces = 0
         return decode(frame, is_binary=self.is_binary)
-
-    def _note_pieces(self, pieces: int) -> None:
-        """See to it that a large message which still comes is no silence."""
-        if pieces > self._pieces:
-            self.heard_at = time.monotonic()
-        self._pieces = pieces
 
     def _transmit(self, frame: bytes, opcode: int, *, is_needed: bool = True) -> None:
         if self._ws is None:
@@ -2522,9 +2521,8 @@ class Channel:
 
         Returns: What came last.
         """
-        self._transmit(
-            b"\x03\xe8", websocket.ABNF.OPCODE_CLOSE
-        )  # 1000: normal closure.
+        # 1000: normal closure.
+        self._transmit(b"\x03\xe8", websocket.ABNF.OPCODE_CLOSE)
         messages = []
         deadline = time.monotonic() + SILENCE_S
         with contextlib.suppress(ConnectionLost):

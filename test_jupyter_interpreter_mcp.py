@@ -4490,6 +4490,28 @@ def test_proxy_variables_count_for_rest_and_websocket(server: JupyterServer) -> 
 # --- Channel --------------------------------------------------------------------------
 
 
+def test_a_websocket_that_opened_when_nobody_wanted_it_any_more_is_closed() -> None:
+    closed = threading.Event()
+
+    class Opened:
+        def shutdown(self) -> None:
+            closed.set()
+
+    class Opener:
+        def open_websocket(self, *_: Any) -> Opened:
+            time.sleep(0.05)
+            return Opened()
+
+    def stop() -> None:
+        time.sleep(0.2)  # It is open by now.
+        raise jim.Withdrawn
+
+    opener: Any = Opener()
+    with pytest.raises(jim.Withdrawn):
+        jim.Channel(opener, "kernel").connect(stop, 5)
+    assert closed.is_set()
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("ends", [False, True], ids=["runs on", "ends meanwhile"])
 def test_what_is_said_during_a_break_joins_up(
