@@ -1871,14 +1871,24 @@ class KernelHelper(types.ModuleType):
         return str(parent.get("header", {}).get(name, ""))
 
 
+def source_of(kind: type) -> str:
+    """Return the source of a class of this module.
+
+    `inspect.getsource` parses the whole file to find it, which takes 0.1 s.
+    """
+    lines = inspect.getsource(sys.modules[kind.__module__]).splitlines(keepends=True)
+    first = re.compile(rf"class {kind.__name__}\b")
+    start = next(number for number, line in enumerate(lines) if first.match(line))
+    return "".join(inspect.getblock(lines[start:]))
+
+
 @functools.cache
 def install_code() -> str:
     """Return statements that install the helper in a kernel, once in its life.
 
     Statements and `import` only: names like `exec` may be variables of the user there.
     """
-    classes = inspect.getsource(BashCommand) + inspect.getsource(KernelHelper)
-    source = HELPER_IMPORTS + classes
+    source = HELPER_IMPORTS + source_of(BashCommand) + source_of(KernelHelper)
     return f"""class {HELPER_NAME}:
     import builtins, sys
     from IPython import get_ipython

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import nbclient
 import nbformat
@@ -559,6 +559,7 @@ class Client:
         url: str = "",
         command: list[str] | None = None,
         environment: Mapping[str, str] | None = None,
+        log: TextIO = sys.stderr,
     ) -> None:
         program, *rest = command or COMMAND
         target = flags_for(server, url) if server is not None else []
@@ -567,6 +568,7 @@ class Client:
             args=[*rest, *flags, *target],
             env={**os.environ, **(environment or {})},
         )
+        self.log = log
         self.progress: list[str] = []
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -580,7 +582,7 @@ class Client:
     async def _live(self) -> None:
         try:
             async with (
-                stdio_client(self.parameters) as streams,
+                stdio_client(self.parameters, self.log) as streams,
                 ClientSession(*streams) as session,
             ):
                 self.session = session
@@ -760,18 +762,37 @@ def clients(server: JupyterServer) -> Iterator[Callable[..., Client]]:
         each.close()
 
 
+class Hasty(Client):
+    """A command that takes a cell for confirmed soon after it was saved."""
+
+    def __init__(self, server: JupyterServer, log: Path) -> None:
+        self.requests = log
+        command = patched(CONFIRM_S=0.05, SETTLED_S=0.05)
+        super().__init__(server, "--verbose", command=command, log=log.open("w"))
+
+    def await_confirmed(self, session_id: int) -> None:
+        """Wait until what was saved is not put back any more.
+
+        That is so when the file was looked at once more after the last save.
+        """
+        name = f"{session_id}.ipynb"
+
+        def was_looked_at() -> bool:
+            requests = self.requests.read_text().splitlines()
+            last = [line for line in requests if name in line][-1]
+            return "GET" in last
+
+        eventually(was_looked_at)
+
+
 @pytest.fixture(scope="session")
-def hasty(server: JupyterServer) -> Iterator[Client]:
-    """Start a command that takes a cell for confirmed soon after it was saved."""
-    constants = {"CONFIRM_S": 0.05, "SETTLED_S": 0.05}
-    client = Client(server, command=patched(**constants))
-    yield client
-    client.close()
-
-
-def await_confirmed() -> None:
-    """Wait until what `hasty` saved is not put back any more."""
-    time.sleep(1)
+def hasty(
+    server: JupyterServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Hasty]:
+    hasty = Hasty(server, tmp_path_factory.mktemp("hasty") / "log")
+    yield hasty
+    hasty.close()
+    hasty.log.close()
 
 
 class SharedSession:
@@ -6626,10 +6647,10 @@ def test_what_somebody_else_changed_in_the_file_is_kept(
 
 
 def test_cells_that_somebody_deleted_stay_deleted(
-    hasty: Client, server: JupyterServer
+    hasty: Hasty, server: JupyterServer
 ) -> None:
     session_id = hasty.open("x = 1")
-    await_confirmed()
+    hasty.await_confirmed(session_id)
     notebook = server.notebook(session_id)
     notebook["cells"] = [
         {"cell_type": "markdown", "id": "m", "metadata": {}, "source": "mine"}
@@ -6663,11 +6684,11 @@ def test_a_mixture_of_our_own_making_is_written_anew(
 
 
 def test_an_empty_file_is_no_notebook_to_keep(
-    hasty: Client, server: JupyterServer
+    hasty: Hasty, server: JupyterServer
 ) -> None:
     """A full disk leaves one."""
     session_id = hasty.open("x = 1")
-    await_confirmed()
+    hasty.await_confirmed(session_id)
     server.path(session_id).write_bytes(b"")
     assert shown(hasty.run("x", session_id)) == ["1"]
     assert sources(server.notebook(session_id))[-1] == "x"
@@ -6729,12 +6750,12 @@ UNREADABLE = [
 
 
 def test_an_unreadable_notebook_is_reported_and_left_alone(
-    hasty: Client, server: JupyterServer
+    hasty: Hasty, server: JupyterServer
 ) -> None:
     session_id = hasty.open("x = 6")
     path = server.path(session_id)
     good = path.read_bytes()
-    await_confirmed()
+    hasty.await_confirmed(session_id)
     for text in UNREADABLE:
         path.write_bytes(text)
         result = hasty.run("print(x * 7)", session_id)
