@@ -3129,7 +3129,7 @@ class Stage(str, Enum):
     WAITING = "waiting for its turn"
     CONNECTING = "connecting to the kernel"
     STARTING = "the kernel is starting"
-    QUEUED = "waiting for the kernel, which somebody else keeps busy"
+    QUEUED = "waiting for the kernel, which other code keeps busy"
     RESTORING = "restoring the session"
     RUNNING = "running"
     SAVING = "saving"
@@ -4242,10 +4242,20 @@ class Worker:
             elif run.stage is Stage.RUNNING:
                 self._confirm()
 
-        # A stop that came a moment before the end is still carried out.
-        must_stop = run is not None and run.must_interrupt and self._sent is not None
-        if self._owner.is_closing and not must_stop:
+        if self._owner.is_closing and not self._has_to_act(run):
             raise Closing
+
+    def _has_to_act(self, run: Run | None) -> bool:
+        """Return whether something is still done for a run although this process ends.
+
+        A stop that came a moment before is carried out. Code that a call left behind
+        ("still running") is begun: `Interpreter.close` waits EXIT_S for that.
+        """
+        if run is None:
+            return False
+        if self._sent is not None:
+            return run.must_interrupt
+        return run.stage in BEFORE_RUNNING and not run.only_waits
 
     def _interrupt_if_wanted(self, run: Run) -> None:
         """Interrupt the kernel, once it has taken the code; try again if that fails."""
@@ -4291,8 +4301,6 @@ class Worker:
         if run.only_waits and not was_asked and self._session.has_errors_to_tell():
             return Outcome.ENDED_WELL  # That a kernel died is told at once.
         self._connect(run)
-        if self._owner.is_closing:
-            raise Closing
         if run.code.strip() == RESTORE_REST:
             return self._restore_left(run)
 
@@ -4836,6 +4844,7 @@ IS_SHUT_DOWN = (
     "The kernel of session {} is shut down: its variables are gone, its notebook stays"
 )
 RESTARTED = "The kernel of session {} was restarted"
+ONE_OF_THEM = "Nothing was done: give restart or shutdown, not both"
 
 
 class Session:
@@ -5084,6 +5093,9 @@ class Session:
             restart: Restart the kernel, too, and restore the session.
             shutdown: End the kernel, too.
         """
+        if restart and shutdown:
+            return self._render([message_taken([], [ONE_OF_THEM])], could_not_run=True)
+
         try:
             if restart or shutdown:
                 return self._end_kernel(restart=restart)

@@ -5712,6 +5712,14 @@ def test_an_interrupt_of_an_idle_session_changes_nothing(trial: Trial) -> None:
     trial.survived()
 
 
+@pytest.mark.faults
+def test_restart_and_shutdown_together_do_nothing_and_say_so(trial: Trial) -> None:
+    (said,) = trial.interrupt(restart=True, shutdown=True)["error"]
+    assert "not both" in said
+    trial.run_counted()
+    trial.survived()
+
+
 @pytest.mark.sdk
 @pytest.mark.faults
 def test_an_interrupt_of_an_unknown_session_says_so(client: Client) -> None:
@@ -7543,6 +7551,23 @@ def test_a_client_that_goes_away_leaves_its_code_running(
     assert "tell('said')" in "".join(cell["source"])
     assert "before" in json.dumps(cell["outputs"])
     assert_goes_on(trial, client)
+
+
+@pytest.mark.sdk
+@pytest.mark.faults
+def test_code_left_behind_while_its_kernel_starts_is_begun(
+    clients: Clients, server: JupyterServer
+) -> None:
+    """The call said that it is still running, and the client goes at once."""
+    leaving = clients()
+    left = leaving.run("open('begun', 'w').close()", timeout=0)
+    assert "Still running" in left["error"][0]
+    leaving.close()
+    folder = server.root / "notebooks"
+    eventually((folder / "begun").exists)
+    assert sources(server.notebook(left["session_id"])) == [
+        "open('begun', 'w').close()"
+    ]
 
 
 @pytest.mark.sdk
