@@ -50,11 +50,8 @@ for up to a minute, and the server hands over what was said. A probe is sent beh
 code; if the probe is answered and the code is not, `Kernel._judge` says what that
 means: not taken ("Not run"), or unknown.
 
-A kernel is known to have been restarted by what it says (`Kernel._take`), by the state
-that the helper in it keeps or an execution count that fell back (`Kernel._judge`), by
-the server (`Kernel._ask_server`: there is no such kernel), or by a caller who had it
-ended (`Kernel.lost`). It can be missed for kernels of other languages that ran more
-cells since.
+Whether a kernel ended or was restarted is decided in one stretch of `Kernel`, under "Is
+it still there?", which lists the signs and when each can be missed.
 
 Somebody else's version of a notebook is always kept: `merge` adds our cells to it; what
 vanishes within seconds of our own save is put back, what a person deletes later is not.
@@ -2573,14 +2570,14 @@ def close_late(attempt: Future[websocket.WebSocket]) -> None:
 
 ENDED_AS_ASKED = "The kernel was ended as asked."
 ENDED_BY_SOMEBODY = "The kernel was shut down or restarted by somebody."
+DIED = "The kernel died: it crashed, ran out of memory or was killed."
 CANNOT_START = (
     "The kernel does not start, the server gave it up: see the server's log; the "
     "command of its kernelspec may lack its package (ipykernel)"
 )
 KERNEL_GONE = "The kernel is gone: it was shut down, or culled when it was idle."
-NUMBERED = re.compile(
-    r"(.+)_(\d{1,18})"
-)  # ipykernel's msg_id: KERNEL-SESSION_PID_NUMBER
+# ipykernel's msg_id: KERNEL-SESSION_PID_NUMBER
+NUMBERED = re.compile(r"(.+)_(\d{1,18})")
 
 
 class KernelState(str, Enum):
@@ -2677,15 +2674,12 @@ class Kernel:
 
     # Connecting
 
-    def _open(
-        self, hear: Hear, request: Request | None = None, *, again: bool = False
-    ) -> None:
-        """Connect; `again`: and go on trying. What came last on the old way is heard.
+    def _open(self, *, again: bool = False) -> None:
+        """Connect; `again`: and go on trying.
 
         Raises:
             KernelDied: It is gone, or does not start. ServerError: No connection.
         """
-        self._hear_last(request, hear)
         self.gaps.restart()
         # The server answers when the kernel is up. One that is up answers at once.
         timeout_s = LOST_S if self.has_greeted else STARTS_S
@@ -2695,12 +2689,13 @@ class Kernel:
             try:
                 self.channel.connect(self._while_connecting, timeout_s)
             except NotFound as err:
-                raise self._gone() from err
+                raise self._gone(KERNEL_GONE) from err
             except ServerUnreachable as err:
                 is_late = time.monotonic() - begun > timeout_s
                 may_retry = again or (is_late and self.has_greeted)
                 if not may_retry or time.monotonic() > deadline:
-                    raise ServerUnreachable(f"{err}; what ran may go on") from err
+                    text = f"{err}; what ran may go on"
+                    raise ServerUnreachable(text, cure="") from err
 
                 if is_late and self._may_rename():
                     self.channel.rename()
@@ -2710,14 +2705,6 @@ class Kernel:
     def _while_connecting(self) -> None:
         self._look_up()
         self._ask_server()
-        if self._server_state == "dead":
-            raise self._gone()
-
-    def _gone(self) -> KernelDied:
-        """Return what it means that the server does not have the kernel any more."""
-        if self.has_greeted:
-            return KernelDied(KERNEL_GONE)
-        return CannotStart(CANNOT_START)
 
     def _reconnect(self, request: Request, hear: Hear) -> Request:
         """Connect again as the same client, and send a probe."""
@@ -2725,11 +2712,17 @@ class Kernel:
         # The server has to notice, to keep what is said; and a proxy may accept, and
         # break the connection at once.
         time.sleep(RETRY_S)
-        self._open(hear, request, again=True)
+        self._open(again=True)
         self._is_deaf = True
         return self.probe()
 
+    def _may_rename(self) -> bool:
+        """Return whether nothing that is kept for us would be lost by another name."""
+        is_waited_for = any(not each.is_harmless for each in self.requests.values())
+        return self._server_state == "idle" or not is_waited_for
+
     def _hear_last(self, request: Request | None, hear: Hear) -> None:
+        """Close the channel; what came last on it is heard."""
         for message in self.channel.close():
             with contextlib.suppress(ProtocolError):
                 self._take(message, request, hear)
@@ -2756,7 +2749,8 @@ class Kernel:
         """
         self.is_ready = False
         self._ours = PROGRAM
-        self._open(hear)
+        self._hear_last(None, hear)
+        self._open()
         info = self.send("kernel_info_request", {}, is_harmless=True)
         info.is_idle = True  # It can say so before anybody listens.
         reply = self.wait(info, hear)
@@ -2774,33 +2768,9 @@ class Kernel:
             return KernelState(greeting.answer.get("state"))
         return KernelState.READY  # A helper newer than this file.
 
-    def check(self, hear: Hear) -> None:
-        """Before code is sent: hear what came meanwhile; is the kernel there?
-
-        A laptop that slept has a dead websocket, and kernels of other languages do not
-        tell that they were restarted.
-
-        Raises:
-            ConnectionLost, KernelDied.
-        """
-        while self._read(0.0, None, hear):
-            pass
-
-        silent_s = time.monotonic() - self.channel.heard_at
-        if self.has_helper and silent_s < FRESH_S:
-            return
-
-        probe = self.probe()
-        while not probe.has_ended and self._read(SILENCE_S, None, hear):
-            pass
-
-        self._judge(probe, probe)
-
     # Sending
 
-    def send(
-        self, msg_type: str, content: Any, *, is_harmless: bool = False
-    ) -> Request:
+    def send(self, msg_type: str, content: Any, *, is_harmless: bool) -> Request:
         """Send one request on the shell channel: once, whatever happens."""
         request = Request(is_harmless=is_harmless)
         self.channel.send(msg_type, request.msg_id, content)
@@ -2808,18 +2778,16 @@ class Kernel:
         return request
 
     def execute(
-        self,
-        code: str,
-        *,
-        is_silent: bool = False,
-        store_history: bool = True,
-        is_harmless: bool = False,
+        self, code: str, *, store_history: bool = True, is_harmless: bool = False
     ) -> Request:
-        """Send one execute_request. Source: Messaging in Jupyter, "Execute"."""
+        """Send one execute_request, a harmless one as a silent one.
+
+        Source: Messaging in Jupyter, "Execute".
+        """
         content = {
             "code": code,
-            "silent": is_silent,
-            "store_history": store_history and not is_silent,
+            "silent": is_harmless,
+            "store_history": store_history and not is_harmless,
             "allow_stdin": False,
             "stop_on_error": False,
         }
@@ -2831,11 +2799,11 @@ class Kernel:
         if self.has_helper:
             value = mark.value if mark is not None else None
             code = install_code() + call_code(f"hello({value!r})")
-        return self.execute(code, is_silent=True, is_harmless=True)
+        return self.execute(code, is_harmless=True)
 
     def ask(self, expression: str) -> dict[str, Any]:
         """Call the helper in the kernel, without a trace, and return its answer."""
-        request = self.execute(call_code(expression), is_silent=True, is_harmless=True)
+        request = self.execute(call_code(expression), is_harmless=True)
         self.wait(request, ignore)
         return request.answer
 
@@ -2865,12 +2833,10 @@ class Kernel:
 
             try:
                 came = self._read(TICK_S, request, hear)
+                if not came and self._is_silent_too_long(request, probe):
+                    probe = self._next_probe(probe)
             except ConnectionLost:
                 probe = self._reconnect(request, hear)
-                continue
-
-            if not came and self._is_silent_too_long(request, probe):
-                probe = self._next_probe(probe, request, hear)
 
         reply = request.reply or Reply()
         if reply.execution_count is not None:
@@ -2878,15 +2844,12 @@ class Kernel:
 
         return reply
 
-    def _look_up(self) -> None:
-        self._tick()
-        if self.lost:
-            raise KernelDied(self.lost)
+    def _next_probe(self, probe: Request | None) -> Request:
+        """Ask a kernel that was silent for too long.
 
-    def _next_probe(
-        self, probe: Request | None, request: Request, hear: Hear
-    ) -> Request:
-        """Ask a kernel that was silent for too long; then connect again, and ask."""
+        Raises:
+            ConnectionLost: It was asked, and does not answer: connect again.
+        """
         if probe is None:
             return self.probe()
 
@@ -2897,13 +2860,165 @@ class Kernel:
 
         if self._is_deaf and self._may_rename():
             self.channel.rename()
+        raise ConnectionLost("The kernel does not answer")
 
-        return self._reconnect(request, hear)
+    def _read(self, timeout_s: float, request: Request | None, hear: Hear) -> bool:
+        """Take one message, if one comes in time; a malformed one is just logged."""
+        try:
+            message = self.channel.read(timeout_s)
+            if message is None:
+                return False
+            self._take(message, request, hear)
+        except ProtocolError as err:
+            log.warning("Kernel %s: left out: %s", self.kernel_id, err)
+        return True
 
-    def _may_rename(self) -> bool:
-        """Return whether nothing that is kept for us would be lost by another name."""
-        is_waited_for = any(not each.is_harmless for each in self.requests.values())
-        return self._server_state == "idle" or not is_waited_for
+    def _take(self, message: Message, request: Request | None, hear: Hear) -> None:
+        """Sort one message; nothing waits in here.
+
+        Raises:
+            KernelDied: It says so.
+        """
+        self._raise_if_it_ends(message)
+        answered = self.requests.get(message.parent_msg_id)
+        if answered is not None:
+            self._is_deaf = False
+            answered.note(message)
+            if answered.has_ended:
+                del self.requests[answered.msg_id]
+
+        if self.has_helper:
+            self.gaps.note(message, is_ours=answered is not None)
+
+        # A person may work here, too: what they caused is not ours.
+        if message.channel != "iopub":
+            return
+        if not message.parent_session.startswith(self._ours):
+            return
+        if answered is not None and answered.is_harmless:
+            return  # Of a probe: it says nothing, but for its own interrupt.
+
+        is_servers_own = self.channel.is_servers_own(message)
+        event = parse_output(
+            message.msg_type, message.content, is_from_server=is_servers_own
+        )
+        if event is not None:
+            is_late = request is None or message.parent_msg_id != request.msg_id
+            hear(event, is_late)
+
+    # Is it still there?
+    #
+    # From here to the end of the class stands all that decides whether the kernel, with
+    # its variables, is still there. It raises KernelDied; `Worker._forget` then lets go
+    # of the kernel. The signs:
+    #
+    #   a caller had it ended                   `lost`, in `_look_up`
+    #   it says so, or the server               a message, in `_raise_if_it_ends`
+    #   the server has it no more, gave it      a question after a silence, in
+    #   up, or has it starting for too long     `_ask_server`, `_is_silent_too_long`
+    #   its state is lost, its count fell back  the answer to a probe, in `_judge`
+    #
+    # What can be missed, and when:
+    #
+    #   The message: while no websocket is open, or if the kernel cannot send it, as a
+    #   hung one that a restart kills. The server goes on with the same id, so only a
+    #   probe tells. `check` sends one before each cell, unless an IPython kernel spoke
+    #   within FRESH_S. Code that is sent after such a restart without a probe runs in
+    #   the new kernel, and only the next probe tells.
+    #   The server's word: where a gateway forbids to ask. No silence is too long there.
+    #   The state: if another process of our kind brought the new kernel up; kernels of
+    #   other languages have none. Then the count decides.
+    #   The count: if as much or more has run in the new kernel since.
+    #
+    # What a caller is told when the websocket breaks after a request was sent: nothing
+    # of it, if `wait` can connect again and the server kept what was said. If it cannot
+    # connect within KERNEL_TIMEOUT_S, that what ran may go on. Else what `_judge` says:
+    # that the code has ended, that it is not known whether it began, or that the kernel
+    # had not taken it ("Not run").
+    #
+    # Only the last invites to send the code again, so code runs twice if it is wrong:
+    # if all that the kernel said of the code is lost, and the kernel did not count the
+    # code (some never count; none counts a script that the helper runs), and does not
+    # name it as the last script (another process of our kind ran one since).
+
+    def check(self, hear: Hear) -> None:
+        """Before code is sent: hear what came meanwhile; is the kernel there?
+
+        A laptop that slept has a dead websocket, and kernels of other languages do not
+        tell that they were restarted.
+
+        Raises:
+            ConnectionLost, KernelDied.
+        """
+        while self._read(0.0, None, hear):
+            pass
+
+        silent_s = time.monotonic() - self.channel.heard_at
+        if self.has_helper and silent_s < FRESH_S:
+            return
+
+        probe = self.probe()
+        while not probe.has_ended and self._read(SILENCE_S, None, hear):
+            pass
+
+        self._judge(probe, probe)
+
+    def _look_up(self) -> None:
+        self._tick()
+        if self.lost:
+            raise KernelDied(self.lost)
+
+    def _raise_if_it_ends(self, message: Message) -> None:
+        """Raise KernelDied if a message says that the kernel ends, or has ended."""
+        state = message.execution_state
+        if not message.parent_msg_id and state in ("restarting", "dead"):
+            raise KernelDied(DIED)
+
+        if message.msg_type != "shutdown_reply":
+            return
+        if self.was_asked_to_end:
+            raise KernelDied(ENDED_AS_ASKED)
+        raise KernelDied(ENDED_BY_SOMEBODY)
+
+    def _ask_server(self) -> bool:
+        """After a silence, ask the server what the kernel does; return if it said so.
+
+        Raises:
+            KernelDied: There is no such kernel, or the server gave it up.
+            ServerUnreachable: No answer for KERNEL_TIMEOUT_S.
+        """
+        now_s = time.monotonic()
+        if now_s - self.channel.heard_at < SILENCE_S:
+            self._away_since = None
+            return False
+        if now_s - self._asked_at < SILENCE_S:
+            return False
+
+        try:
+            self._server_state = self.client.kernel(self.kernel_id).execution_state
+        except NotFound as err:
+            raise self._gone(KERNEL_GONE) from err
+        except ServerUnreachable:
+            self._away_since = self._away_since or now_s
+            if now_s - self._away_since > KERNEL_TIMEOUT_S:
+                raise
+
+            return False  # It is away for the moment.
+        except ServerError:
+            return False  # Some gateways never tell.
+        finally:
+            self._asked_at = time.monotonic()
+
+        self._away_since = None
+        if self._server_state == "dead":
+            raise self._gone("The kernel died and could not be restarted.")
+        return True
+
+    def _gone(self, why: str) -> KernelDied:
+        """Return that the server has the kernel no more, and `why`, if it was up."""
+        if self.has_greeted:
+            return KernelDied(why)
+        return CannotStart(CANNOT_START)
 
     def _is_silent_too_long(self, request: Request, probe: Request | None) -> bool:
         """Return whether the kernel was silent for longer than is normal.
@@ -2919,45 +3034,9 @@ class Kernel:
         is_overdue = now_s - self._made_at > STARTS_S
         if self._server_state == "starting" and not request.was_heard and is_overdue:
             raise KernelDied("The kernel hangs: it did not start in 5 minutes.")
-        if self._server_state == "dead":
-            raise KernelDied("The kernel died and could not be restarted.")
 
         silent_s = now_s - self.channel.heard_at
         return silent_s > self._patience_s(request, probe)
-
-    def _ask_server(self) -> bool:
-        """After a silence, ask the server what the kernel does; return if it said so.
-
-        Raises:
-            KernelDied: There is no such kernel.
-            ServerUnreachable: No answer for KERNEL_TIMEOUT_S.
-        """
-        now_s = time.monotonic()
-        silent_s = now_s - self.channel.heard_at
-        if silent_s < SILENCE_S:
-            self._away_since = None
-            return False
-        if now_s - self._asked_at < SILENCE_S:
-            return False
-
-        try:
-            self._server_state = self.client.kernel(self.kernel_id).execution_state
-        except NotFound as err:
-            raise self._gone() from err
-        except ServerUnreachable:
-            if self._away_since is None:
-                self._away_since = now_s
-            if now_s - self._away_since > KERNEL_TIMEOUT_S:
-                raise
-
-            return False  # It is away for the moment.
-        except ServerError:
-            return False  # Some gateways never tell.
-        finally:
-            self._asked_at = time.monotonic()
-
-        self._away_since = None
-        return True
 
     def _patience_s(self, request: Request, probe: Request | None) -> float:
         """Return how many seconds of silence are normal, after what the server says."""
@@ -2988,9 +3067,8 @@ class Kernel:
         if probe.reply is not None and probe.reply.execution_count is not None:
             count = probe.reply.execution_count
 
-        state = probe.answer.get("state", KernelState.READY)
-        has_lost_state = state in (KernelState.FRESH, KernelState.USED)
-        if has_lost_state or count < self._execution_count:
+        is_new = probe.answer.get("state") in (KernelState.FRESH, KernelState.USED)
+        if is_new or count < self._execution_count:
             raise KernelDied("The kernel was restarted.")
 
         somebody_ran = count > self._execution_count
@@ -3017,60 +3095,6 @@ class Kernel:
         raise NotTaken(
             "The connection broke: the kernel had not taken the code. Call again"
         )
-
-    def _read(self, timeout_s: float, request: Request | None, hear: Hear) -> bool:
-        """Take one message, if one comes in time; a malformed one is just logged."""
-        try:
-            message = self.channel.read(timeout_s)
-            if message is None:
-                return False
-            self._take(message, request, hear)
-        except ProtocolError as err:
-            log.warning("Kernel %s: left out: %s", self.kernel_id, err)
-        return True
-
-    def _take(self, message: Message, request: Request | None, hear: Hear) -> None:
-        """Sort one message; nothing waits in here.
-
-        Raises:
-            KernelDied: It says so.
-        """
-        state = message.execution_state
-        if not message.parent_msg_id and state in ("restarting", "dead"):
-            raise KernelDied(
-                "The kernel died: it crashed, ran out of memory or was killed."
-            )
-
-        if message.msg_type == "shutdown_reply":
-            raise KernelDied(
-                ENDED_AS_ASKED if self.was_asked_to_end else ENDED_BY_SOMEBODY
-            )
-
-        answered = self.requests.get(message.parent_msg_id)
-        if answered is not None:
-            self._is_deaf = False
-            answered.note(message)
-            if answered.has_ended:
-                del self.requests[answered.msg_id]
-
-        if self.has_helper:
-            self.gaps.note(message, is_ours=answered is not None)
-
-        # A person may work here, too: what they caused is not ours.
-        if message.channel != "iopub":
-            return
-        if not message.parent_session.startswith(self._ours):
-            return
-        if answered is not None and answered.is_harmless:
-            return  # Of a probe: it says nothing, but for its own interrupt.
-
-        is_servers_own = self.channel.is_servers_own(message)
-        event = parse_output(
-            message.msg_type, message.content, is_from_server=is_servers_own
-        )
-        if event is not None:
-            is_late = request is None or message.parent_msg_id != request.msg_id
-            hear(event, is_late)
 
 
 # --- Runs -----------------------------------------------------------------------------

@@ -4813,6 +4813,75 @@ def kernel_says(**fields: Any) -> jim.Message:
     return jim.Message(**{**names, **parent, **fields})
 
 
+# the message; a caller asked for the end -> what is raised of it
+ENDS: list[tuple[dict[str, Any], bool, str]] = [
+    ({"content": {"execution_state": "restarting"}}, False, jim.DIED),
+    ({"content": {"execution_state": "dead"}}, False, jim.DIED),
+    ({"msg_type": "shutdown_reply"}, False, jim.ENDED_BY_SOMEBODY),
+    ({"msg_type": "shutdown_reply", "parent_msg_id": "p"}, True, jim.ENDED_AS_ASKED),
+    ({"content": {"execution_state": "dead"}, "parent_msg_id": "p"}, False, ""),
+    ({"content": {"execution_state": "idle"}}, False, ""),
+    ({"msg_type": "stream"}, True, ""),
+]
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(("fields", "asked", "why"), ENDS)
+def test_a_message_tells_that_the_kernel_ends(
+    fields: dict[str, Any], asked: bool, why: str
+) -> None:
+    kernel: Any = jim.Kernel(NoServer(), "k", lambda: None)  # type: ignore[arg-type]
+    kernel.was_asked_to_end = asked
+    if not why:
+        kernel._raise_if_it_ends(kernel_says(**fields))
+        return
+    with pytest.raises(jim.KernelDied, match=re.escape(why)):
+        kernel._raise_if_it_ends(kernel_says(**fields))
+
+
+class ServerThatSays:
+    """Stands for the server: it says a state of each kernel, or raises."""
+
+    def __init__(self, answer: str | jim.ServerError) -> None:
+        self.answer = answer
+
+    def kernel(self, kernel_id: str) -> jim.KernelModel:
+        if isinstance(self.answer, jim.ServerError):
+            raise self.answer
+        return jim.KernelModel(kernel_id, "python3", self.answer)
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("answer", ["dead", jim.NotFound("404")])
+@pytest.mark.parametrize("greeted", [True, False])
+def test_a_server_tells_that_it_has_no_kernel(
+    answer: str | jim.ServerError, greeted: bool
+) -> None:
+    server: Any = ServerThatSays(answer)
+    kernel: Any = jim.Kernel(server, "k", lambda: None)
+    kernel.has_greeted = greeted
+    assert not kernel._ask_server(), "it spoke a moment ago"
+    kernel.channel.heard_at -= jim.SILENCE_S
+    with pytest.raises(jim.KernelDied) as caught:
+        kernel._ask_server()
+    assert isinstance(caught.value, jim.CannotStart) is not greeted
+
+
+@pytest.mark.pure
+def test_a_connection_that_fails_names_its_cure_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise jim.ServerUnreachable("Refused")
+
+    kernel: Any = jim.Kernel(NoServer(), "k", lambda: None)  # type: ignore[arg-type]
+    monkeypatch.setattr(kernel.channel, "connect", refuse)
+    with pytest.raises(jim.ServerUnreachable) as caught:
+        kernel._open()
+    cure = "; call again when the server is back"
+    assert str(caught.value) == f"Refused{cure}; what ran may go on"
+
+
 MALFORMED_IN_A_WAIT = [
     kernel_says(content={"execution_state": [1]}),
     kernel_says(msg_id="k_" + "9" * 5000),
