@@ -2915,8 +2915,12 @@ class Kernel:
     #   a caller had it ended                   `lost`, in `_look_up`
     #   it says so, or the server               a message, in `_raise_if_it_ends`
     #   the server has it no more, gave it      a question after a silence, in
-    #   up, or has it starting for too long     `_ask_server`, `_is_silent_too_long`
+    #   up, or has it starting for too long     `_ask_server`, `_is_silent_too_long`;
+    #                                           a handshake, in `_open`
     #   its state is lost, its count fell back  the answer to a probe, in `_judge`
+    #
+    # The worker has two more: `Worker._end_kernel` (its code asked for its end) and
+    # `Worker._take_kernel` (the session has another kernel now).
     #
     # What can be missed, and when:
     #
@@ -2939,7 +2943,8 @@ class Kernel:
     # Only the last invites to send the code again, so code runs twice if it is wrong:
     # if all that the kernel said of the code is lost, and the kernel did not count the
     # code (some never count; none counts a script that the helper runs), and does not
-    # name it as the last script (another process of our kind ran one since).
+    # name it as the last script (another process of our kind ran one since). Apart from
+    # that code runs again in a restore only (`plan_restore`).
 
     def check(self, hear: Hear) -> None:
         """Before code is sent: hear what came meanwhile; is the kernel there?
