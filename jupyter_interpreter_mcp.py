@@ -5470,6 +5470,7 @@ STALL_S = 10.0  # A download that is silent for so long is taken up again.
 TIDY_S = 5.0  # For tidying up over a connection that may be broken.
 AWAY = (502, 503, 504)  # A proxy or a hub answers for a server that is away.
 PARTIAL_CONTENT = 206
+NAME_TAKEN = 409  # Of a renaming.
 CHUNK_BODY = b'{"type":"file","format":"base64",%s"content":"%s"}'
 # A link is not followed, a FIFO is not waited for. Windows has neither.
 SAFE_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -5523,8 +5524,8 @@ class Transfer:
     def upload(self, host_path: str, remote_path: str, *, overwrite: bool) -> str:
         """Copy a file of this host to the server, and return a sentence about it.
 
-        The server renames over no file. So an old one is renamed before, and gets its
-        name back if the new one does not get it: both are on the disk all the time.
+        The server renames over no file. So an old one is renamed before, and goes when
+        the new one has the name: both are on the disk all the time.
 
         Raises:
             TransferError: Why it cannot be. ServerError: The server's reason.
@@ -5543,15 +5544,14 @@ class Transfer:
                 undo.callback(tidy._remove, temporary)
                 self._store(source, temporary, host_path)
                 if overwrite:
-                    undo.callback(tidy._rename, aside, target)
+                    undo.callback(tidy._give_back, aside, target)
                     self._rename(target, aside)
-                self._rename(temporary, target)
-                # It is there, or the error says that it is not.
-                self._insist(lambda _: self._look(target))
+                if not self._rename(temporary, target):
+                    # It is there, or the error says that it is not.
+                    self._insist(lambda _: self._look(target))
+                if overwrite:
+                    self._remove(aside)
                 undo.pop_all()
-
-            if overwrite:
-                self._remove(aside)
         return f"uploaded {host_path} ({self.total_bytes:,} bytes) to {target}"
 
     def download(self, remote_path: str, host_path: str, *, overwrite: bool) -> str:
@@ -5648,8 +5648,12 @@ class Transfer:
             text = f"{path} has {size:,} bytes on the server in place of {expected:,}"
             raise TransferError(f"{text}: upload it again")
 
-    def _rename(self, old: str, new: str) -> None:
-        """Rename a file, if it is there; the server refuses a name that is taken."""
+    def _rename(self, old: str, new: str) -> bool:
+        """Rename a file, if it is there; the server refuses a name that is taken.
+
+        Returns: Whether the server says so. What has the name a moment later says
+            nothing: another upload may have set ours aside by then.
+        """
 
         def patch(_: bool) -> None:
             # It is not there any more if a first try was carried out.
@@ -5657,8 +5661,25 @@ class Transfer:
             self.client.request("PATCH", url, {"path": new}, cure=LEFT)
 
         url = f"contents/{quote(old)}"
-        with contextlib.suppress(NotFound):
+        try:
             self._insist(patch)
+            return True
+        except NotFound:
+            return False
+
+    def _give_back(self, aside: str, target: str) -> None:
+        """Give a file its name back; it goes if the name is taken by another one.
+
+        Two uploads to one name, or an upload and a person, can each put a file there
+        while the other's is set aside. Who sets a file aside gives it back or puts
+        another in its place: so the name is never without one in the end.
+        """
+        try:
+            self._rename(aside, target)
+        except ServerError as err:
+            if err.status != NAME_TAKEN:
+                raise
+            self._remove(aside)
 
     def _remove(self, path: str) -> None:
         """Delete a file, if it is there."""

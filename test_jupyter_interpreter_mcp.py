@@ -17,6 +17,7 @@ import base64
 import builtins
 import contextlib
 import http.server
+import itertools
 import json
 import os
 import queue
@@ -31,10 +32,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import nbclient
@@ -7705,6 +7707,79 @@ CSV = b"a,b\r\n1,2\r\n\xff\xfe\x00"  # text for a person; no UTF-8, line ends of
 LEFT = "jupyter-interpreter-mcp-*"  # temporary files, on both sides
 
 
+class TurnsTaken:
+    """A server's folder in memory; its clients make their requests in a given order."""
+
+    def __init__(self, files: dict[str, bytes], turns: Iterable[int]) -> None:
+        self.files = files
+        self.turns = list(turns)
+        self.changed = threading.Condition()
+
+    def request(self, number: int, verb: str, url: str, body: Any) -> Any:
+        with self.changed:
+            ours = self.changed.wait_for(lambda: self.turns[0] == number, 30)
+            assert ours, "the others took no turn"
+            self.turns.pop(0)
+            self.changed.notify_all()
+            return self._answer(verb, url.removeprefix("contents/").split("?")[0], body)
+
+    def _answer(self, verb: str, name: str, body: Any) -> dict[str, Any]:
+        if verb == "PUT":
+            self.files[name] = base64.b64decode(json.loads(body)["content"])
+        elif name not in self.files:
+            raise jim.NotFound(name, status=404)
+        elif verb == "DELETE":
+            del self.files[name]
+            return {}
+        elif verb == "PATCH":
+            if body["path"] in self.files:
+                raise jim.ServerError("File already exists", status=409)
+            self.files[body["path"]] = self.files.pop(name)
+            name = body["path"]
+        return {"type": "file", "size": len(self.files[name]), "last_modified": ""}
+
+    def leave(self, number: int) -> None:
+        with self.changed:
+            self.turns = [each for each in self.turns if each != number]
+            self.changed.notify_all()
+
+    def upload(self, number: int, host: Path) -> bool:
+        """Upload the file of this number; whether that went well."""
+
+        def request(verb: str, url: str, body: Any = None, **_: Any) -> Any:
+            return self.request(number, verb, url, body)
+
+        client: Any = SimpleNamespace(request=request, make_folder=lambda _: None)
+        transfer = jim.Transfer(client, host, "")
+        try:
+            transfer.upload(str(number), "name", overwrite=True)
+        except (jim.TransferError, jim.ServerError):
+            return False
+        finally:
+            self.leave(number)
+        return True
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("is_there", [True, False])
+def test_two_overwrites_in_any_order_leave_one_whole_file(
+    tmp_path: Path, is_there: bool
+) -> None:
+    """Both look and store; then they take turns, in each order that there is."""
+    for number in range(2):
+        (tmp_path / str(number)).write_bytes(f"ours {number}".encode())
+
+    for order in itertools.product(range(2), repeat=8):
+        files = {"name": b"old"} if is_there else {}
+        rest = [0] * 20 + [1] * 20
+        folder = TurnsTaken(files, [0, 0, 1, 1, *order, *rest])
+        with ThreadPoolExecutor(2) as pool:
+            went_well = list(pool.map(folder.upload, range(2), [tmp_path] * 2))
+        assert list(files) == ["name"], order
+        assert files["name"] in (b"ours 0", b"ours 1"), order
+        assert any(went_well), order
+
+
 @pytest.mark.pure
 def test_a_link_that_is_swapped_meanwhile_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -8115,6 +8190,50 @@ def test_an_overwrite_that_is_cut_short_leaves_the_old_file(
     network.reset()
     eventually(lambda: not files.left(), 5)
     assert (files.remote / "precious").read_bytes() == b"old"
+
+
+@pytest.mark.faults
+def test_an_overwrite_that_finds_the_name_taken_leaves_nothing_beside(
+    cut_files: tuple[Network, Files],
+) -> None:
+    """A person makes the file anew when the old one has been set aside."""
+    network, files = cut_files
+    (files.host / "shared").write_bytes(b"ours")
+    (files.remote / "shared").write_bytes(b"old")
+
+    def make_anew(data: bytes) -> bool:
+        if data.startswith(b"PATCH") and b".part" in data:
+            (files.remote / "shared").write_bytes(b"theirs")
+        return True
+
+    network.on_client = make_anew
+    said = files.refused("upload_file", "shared", "shared", overwrite=True)
+    assert "exists" in said
+    assert (files.remote / "shared").read_bytes() == b"theirs"
+    assert files.left() == []
+
+
+@pytest.mark.faults
+def test_an_overwrite_that_is_cancelled_at_its_end_leaves_nothing_beside(
+    cut_files: tuple[Network, Files],
+) -> None:
+    """The new file has the name already; the old one is still to go."""
+    network, files = cut_files
+    (files.host / "late").write_bytes(b"new")
+    (files.remote / "late").write_bytes(b"old")
+    calls: list[Any] = []
+
+    def cancel_at_removal(data: bytes) -> bool:
+        if data.startswith(b"DELETE") and calls:
+            files.client.cancel(calls.pop())
+            return False
+        return True
+
+    network.on_client = cancel_at_removal
+    calls.append(files.start("upload_file", "late", "late", overwrite=True))
+    eventually(lambda: not calls)
+    eventually(lambda: not files.left(), 5)
+    assert (files.remote / "late").read_bytes() == b"new"
 
 
 @pytest.mark.faults
