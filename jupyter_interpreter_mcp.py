@@ -5364,7 +5364,7 @@ class Interpreter:
         # Its kernels may run on another machine: a gateway's speak no binary frames.
         self.has_gateway = False
         # The files on their way, and what cancels each.
-        self.transfers: dict[Future[str], threading.Event] = {}
+        self.transfers: dict[Future[Any], threading.Event] = {}
         self.check_kernel_name(self.settings.kernel_name)
 
         # Bare gateways have no contents API.
@@ -5468,7 +5468,6 @@ CHUNK_BYTES = 750_000  # Just below 1 MiB as base64, which is all that nginx let
 WHOLE_BYTES = 32_000_000  # Without /files/ a download is held in memory.
 STALL_S = 10.0  # A download that is silent for so long is taken up again.
 TIDY_S = 5.0  # For tidying up over a connection that may be broken.
-AWAY = (502, 503, 504)  # A proxy or a hub answers for a server that is away.
 PARTIAL_CONTENT = 206
 NAME_TAKEN = 409  # Of a renaming.
 CHUNK_BODY = b'{"type":"file","format":"base64",%s"content":"%s"}'
@@ -5579,12 +5578,12 @@ class Transfer:
             self._check()
             try:
                 return action(was_tried)
-            except ServerError as err:
+            except ServerUnreachable:
                 if self.done_bytes != done_bytes:
                     deadline = time.monotonic() + self.patience_s
-                done_bytes = self.done_bytes
-                if not is_away(err) or time.monotonic() > deadline:
+                if time.monotonic() > deadline:
                     raise
+            done_bytes = self.done_bytes
             was_tried = True
             self.is_cancelled.wait(RETRY_S)
 
@@ -5607,31 +5606,29 @@ class Transfer:
         """Copy an open file to a new file of the server, chunk by chunk."""
         before = os.fstat(source.fileno())
         self.total_bytes = before.st_size
-        offset = 0
-        number = 0
-        while number >= 0:
+        is_last = False
+        while not is_last:
             chunk = source.read(CHUNK_BYTES)
-            number += 1
-            if not chunk or offset + len(chunk) >= self.total_bytes:
-                number = -1
-
-            self._append(path, chunk, offset, number)
-            offset += len(chunk)
-            self.done_bytes = offset
+            is_last = not chunk or self.done_bytes + len(chunk) >= self.total_bytes
+            self._append(path, chunk, is_last)
+            self.done_bytes += len(chunk)
 
         if os.fstat(source.fileno()).st_mtime_ns != before.st_mtime_ns:
             raise changed(host_path)
 
-    def _append(self, path: str, chunk: bytes, offset: int, number: int) -> None:
-        """Send one chunk; -1 is the number of the last one.
+    def _append(self, path: str, chunk: bytes, is_last: bool) -> None:
+        """Send one chunk; -1 is the number of the last one, if there are several.
 
         Source: api.yaml, PUT /api/contents; jupyter_server, largefilemanager.py.
         """
+        offset = self.done_bytes
+        number = offset // CHUNK_BYTES + 1
+        if is_last:
+            number = -1
         name = b""
         if self.total_bytes > CHUNK_BYTES:
             name = b'"chunk":%d,' % number
-        content = base64.b64encode(chunk)
-        body = CHUNK_BODY % (name, content)
+        body = CHUNK_BODY % (name, base64.b64encode(chunk))
 
         def put(was_tried: bool) -> RemoteFile:
             # The first chunk begins the file, so it may come twice; others may not.
@@ -5702,9 +5699,9 @@ class Transfer:
         try:
             if file.tell() < found.size:
                 self._read_on(path, file)
-        except ServerError as err:
-            if is_away(err):
-                raise
+        except ServerUnreachable:
+            raise
+        except ServerError:
             # The server, or a proxy before it, does not serve /files/.
             self._read_whole(path, file)
 
@@ -5740,9 +5737,8 @@ class Transfer:
         """Read a file by the contents API, which gives it in one piece."""
         if self.total_bytes > WHOLE_BYTES:
             text = f"{path} has {self.total_bytes:,} bytes; this server does not serve "
-            raise TransferError(
-                f"{text}/files/, without which {WHOLE_BYTES:,} can pass"
-            )
+            text += f"/files/, without which {WHOLE_BYTES:,} can pass"
+            raise TransferError(text)
 
         url = f"contents/{quote(path)}?type=file&format=base64"
         model = self.client.request("GET", url, max_bytes=2 * WHOLE_BYTES)
@@ -5752,11 +5748,6 @@ class Transfer:
             raise malformed(path) from err
         file.seek(0)
         file.write(content)
-
-
-def is_away(err: ServerError) -> bool:
-    """Return whether the server may be back soon; if not, it has refused."""
-    return isinstance(err, ServerUnreachable) or err.status in AWAY
 
 
 def changed(path: str) -> TransferError:
@@ -5805,15 +5796,11 @@ def explained(path: str) -> Iterator[None]:
         yield
     except ServerError as err:
         if "/." in f"/{path}" and err.status in (400, 403, 404):
-            text = (
-                f"{path} is hidden (a dot), and servers refuse that; use another name"
-            )
-            text += ", or start the server with --ContentsManager.allow_hidden=True"
+            text = f"{path} is hidden (a dot), and servers refuse that; use another "
+            text += "name, or start the server with --ContentsManager.allow_hidden=True"
         elif isinstance(err, NotFound):
-            text = (
-                f"The server has no {path}; paths are relative to the notebooks folder"
-            )
-            text += " (a kernel gateway has no files at all)"
+            text = f"The server has no {path}; paths are relative to the notebooks "
+            text += "folder (a kernel gateway has no files at all)"
         else:
             raise
         raise TransferError(text) from err
@@ -6106,27 +6093,18 @@ def none_is(default: Any) -> Any:
 
 
 def register(
-    server: Any,
-    settings: Settings,
-    function: Any,
-    title: str,
-    description: str,
-    *,
-    is_read_only: bool = False,
+    server: Any, settings: Settings, function: Any, title: str, text: str, **hints: bool
 ) -> None:
     """Add one tool, with what the model reads of it."""
     from mcp.types import ToolAnnotations
 
-    hints: dict[str, Any] = {"title": title}
-    if is_read_only:
-        hints["readOnlyHint"] = True
     size = int(settings.max_output * 1.2) + 2_000
     server.add_tool(
         function,
         name=function.__name__.removesuffix("_"),
         title=title,
-        description=description,
-        annotations=ToolAnnotations.model_validate(hints),
+        description=text,
+        annotations=ToolAnnotations.model_validate({"title": title, **hints}),
         meta={"anthropic/maxResultSizeChars": size},
         structured_output=False,
     )
@@ -6195,7 +6173,7 @@ def add_tools(server: Any, sdk: Any, tools: "Tools") -> None:
         list_sessions,
         "List sessions",
         LIST_SESSIONS,
-        is_read_only=True,
+        readOnlyHint=True,
     )
 
 
@@ -6214,10 +6192,8 @@ def add_file_tools(server: Any, sdk: Any, tools: "Tools") -> None:
         ctx: sdk.Context,
         overwrite: switch_field = False,
     ) -> Any:
-        def move(transfer: Transfer) -> str:
-            return transfer.upload(host_path, remote_path, overwrite=overwrite)
-
-        return await tools.move_file(move, ctx)
+        copy = partial(Transfer.upload, host_path=host_path, remote_path=remote_path)
+        return await tools.copy_file(copy, overwrite, ctx)
 
     async def download_file(
         remote_path: str,
@@ -6225,10 +6201,8 @@ def add_file_tools(server: Any, sdk: Any, tools: "Tools") -> None:
         ctx: sdk.Context,
         overwrite: switch_field = False,
     ) -> Any:
-        def move(transfer: Transfer) -> str:
-            return transfer.download(remote_path, host_path, overwrite=overwrite)
-
-        return await tools.move_file(move, ctx)
+        copy = partial(Transfer.download, remote_path=remote_path, host_path=host_path)
+        return await tools.copy_file(copy, overwrite, ctx)
 
     upload = UPLOAD_FILE.format(settings.files_dir)
     download = DOWNLOAD_FILE.format(settings.files_dir)
@@ -6258,7 +6232,7 @@ class Tools:
         try:
             session = self.interpreter.session(session_id, kernel_name)
         except ConfigError as err:
-            return self._failure(str(err), session_id)
+            return tool_result(self._report([], [str(err)], session_id))
 
         run = session.submit(code)
         self._runs[str(ctx.request_id)] = run
@@ -6282,45 +6256,40 @@ class Tools:
         call = partial(session.interrupt, restart=restart, shutdown=shutdown)
         stopped = in_thread(call)
         await self._wait(stopped, HTTP_TIMEOUT_S, ctx, session.newest_line)
-        if not stopped.done():
-            return self._failure("The Jupyter server does not answer", session_id)
-
-        return tool_result(stopped.result())
+        return self._result(stopped, session_id)
 
     async def list_sessions(self, ctx: Any) -> Any:
-        listed = in_thread(self.interpreter.list_sessions)
-        await self._wait(listed, HTTP_TIMEOUT_S, ctx, lambda: "listing")
-        try:
-            lines = listed.result(0)
-        except (InterpreterError, FutureTimeout) as err:
-            return self._failure(str(err) or "The Jupyter server does not answer", 0)
-        return tool_result(self._report(lines, [], 0))
+        def work() -> Result:
+            return self._report(self.interpreter.list_sessions())
 
-    async def move_file(self, move: Callable[[Transfer], str], ctx: Any) -> Any:
+        listed = in_thread(work)
+        await self._wait(listed, HTTP_TIMEOUT_S, ctx, lambda: "listing")
+        return self._result(listed)
+
+    async def copy_file(
+        self, copy: Callable[..., str], overwrite: bool, ctx: Any
+    ) -> Any:
         """Upload or download a file; cancelled, it is stopped and leaves nothing."""
         interpreter = self.interpreter
-        root = interpreter.settings.files_dir
-        if root is None:
-            return self._failure("There is no --files-dir", 0)
-
+        root = cast(Path, interpreter.settings.files_dir)
         transfer = Transfer(interpreter.client, root, interpreter.folder)
-        moved = in_thread(move, transfer)
-        interpreter.transfers[moved] = transfer.is_cancelled
-        moved.add_done_callback(interpreter.transfers.pop)
+
+        def work() -> Result:
+            text = copy(transfer, overwrite=overwrite)
+            if interpreter.has_gateway:
+                text += ELSEWHERE
+            return self._report([text])
+
+        copied = in_thread(work)
+        interpreter.transfers[copied] = transfer.is_cancelled
+        copied.add_done_callback(interpreter.transfers.pop)
         try:
-            await self._wait(moved, math.inf, ctx, transfer.words)
+            await self._wait(copied, math.inf, ctx, transfer.words)
         except asyncio.CancelledError:
             transfer.is_cancelled.set()
             raise
 
-        try:
-            text = moved.result()
-        except InterpreterError as err:
-            return self._failure(str(err), 0)
-
-        if interpreter.has_gateway:
-            text += ELSEWHERE
-        return tool_result(self._report([text], [], 0))
+        return self._result(copied)
 
     async def _wait(
         self, future: Future[Any], max_s: float, ctx: Any, newest: Callable[[], str]
@@ -6330,11 +6299,10 @@ class Tools:
         waiter = asyncio.wrap_future(future)
         # The handler looks at `future`; asyncio would log what nobody asks `waiter`.
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
-        left_s = max_s
-        while not waiter.done() and left_s > 0:
-            await asyncio.wait([waiter], timeout=min(left_s, PROGRESS_S))
+        passed_s = 0.0
+        while not waiter.done() and passed_s < max_s:
+            await asyncio.wait([waiter], timeout=min(max_s - passed_s, PROGRESS_S))
             passed_s = time.monotonic() - started
-            left_s = max_s - passed_s
             if waiter.done():
                 break
 
@@ -6343,12 +6311,20 @@ class Tools:
             except Exception as err:  # noqa: BLE001  # It must not lose the result.
                 log.warning("Progress was not reported: %r", err)
 
-    def _failure(self, text: str, session_id: int) -> Any:
-        return tool_result(self._report([], [text], session_id))
+    def _result(self, future: Future[Result], session_id: int = 0) -> Any:
+        """Return the SDK's result of what a thread did, or why it has none."""
+        try:
+            result = future.result(0)
+        except (InterpreterError, FutureTimeout) as err:
+            text = str(err) or "The Jupyter server does not answer"
+            result = self._report([], [text], session_id)
+        return tool_result(result)
 
-    def _report(self, texts: list[str], errors: list[str], session_id: int) -> Result:
+    def _report(
+        self, texts: list[str], errors: Sequence[str] = (), session_id: int = 0
+    ) -> Result:
         report = Report(self.interpreter.settings)
-        report.add(message_taken(texts, errors))
+        report.add(message_taken(texts, list(errors)))
         return report.finish(session_id, "", could_not_run=bool(errors))
 
 
