@@ -5976,7 +5976,6 @@ class Stdin:
         line = self._file.readline()
         if not line:
             self._on_end()
-            return ""
 
         if HALF_CHARACTER.search(line):
             with contextlib.suppress(ValueError, RecursionError):
@@ -6015,15 +6014,15 @@ def serve(interpreter: Interpreter) -> None:
     def client_left() -> None:
         interpreter.is_closing = True  # It leaves its code running: nothing is stopped.
 
-    tools = Tools(interpreter)
-    stdin = Stdin(client_left, tools.stop)
     pipe = io.BufferedWriter(Stdout(os.dup(1), "wb"))
     stdout = io.TextIOWrapper(pipe, "utf-8")
     os.dup2(2, 1)  # What is printed past the SDK must not reach the client.
     sdk, server, lowlevel = make_server(interpreter)
-    add_tools(server, sdk, tools)
+    tools = Tools(interpreter, server)
+    add_tools(tools, sdk)
     if interpreter.settings.files_dir is not None:
-        add_file_tools(server, sdk, tools)
+        add_file_tools(tools, sdk)
+    stdin = Stdin(client_left, tools.stop)
 
     async def run() -> None:
         source: Any = anyio.wrap_file(cast("Any", stdin))
@@ -6092,33 +6091,16 @@ def none_is(default: Any) -> Any:
     return BeforeValidator(lambda value: default if value is None else value)
 
 
-def register(
-    server: Any, settings: Settings, function: Any, title: str, text: str, **hints: bool
-) -> None:
-    """Add one tool, with what the model reads of it."""
-    from mcp.types import ToolAnnotations
-
-    size = int(settings.max_output * 1.2) + 2_000
-    server.add_tool(
-        function,
-        name=function.__name__.removesuffix("_"),
-        title=title,
-        description=text,
-        annotations=ToolAnnotations.model_validate({"title": title, **hints}),
-        meta={"anthropic/maxResultSizeChars": size},
-        structured_output=False,
-    )
-
-
-def add_tools(server: Any, sdk: Any, tools: "Tools") -> None:
+def add_tools(tools: "Tools", sdk: Any) -> None:
     """Register the tools that run code.
 
     The annotations of the functions in here become the schema that clients are sent.
     """
     from pydantic import Field
 
-    settings = tools.interpreter.settings
-    kernels = ", ".join(sorted(tools.interpreter.specs))[:400]
+    interpreter = tools.interpreter
+    settings = interpreter.settings
+    kernels = ", ".join(sorted(interpreter.specs))[:400]
     code_field = Annotated[str, Field(description=CODE_FIELD)]
     open_field = Annotated[
         int,
@@ -6157,31 +6139,33 @@ def add_tools(server: Any, sdk: Any, tools: "Tools") -> None:
         restart: switch_field = False,
         shutdown: switch_field = False,
     ) -> Any:
-        return await tools.interrupt(session_id, restart, shutdown, ctx)
+        session = interpreter.session(session_id)
+        stop = partial(session.interrupt, restart=restart, shutdown=shutdown)
+        stopped = in_thread(stop)
+        await tools.wait(stopped, HTTP_TIMEOUT_S, ctx, session.newest_line)
+        return tools.result(stopped, session_id)
 
     async def list_sessions(ctx: sdk.Context) -> Any:
-        return await tools.list_sessions(ctx)
+        def work() -> Result:
+            return tools.report(interpreter.list_sessions())
+
+        listed = in_thread(work)
+        await tools.wait(listed, HTTP_TIMEOUT_S, ctx, lambda: "listing")
+        return tools.result(listed)
 
     # Where there is one kernel only, there is nothing to choose.
-    run_code = execute_code_ if len(tools.interpreter.specs) > 1 else execute_code
+    run_code = execute_code_ if len(interpreter.specs) > 1 else execute_code
     description = EXECUTE_CODE.format(where=where_code_runs(settings))
-    register(server, settings, run_code, "Run code", description)
-    register(server, settings, interrupt_execution, "Stop code", INTERRUPT_EXECUTION)
-    register(
-        server,
-        settings,
-        list_sessions,
-        "List sessions",
-        LIST_SESSIONS,
-        readOnlyHint=True,
-    )
+    tools.add(run_code, "Run code", description)
+    tools.add(interrupt_execution, "Stop code", INTERRUPT_EXECUTION)
+    tools.add(list_sessions, "List sessions", LIST_SESSIONS, readOnlyHint=True)
 
 
-def add_file_tools(server: Any, sdk: Any, tools: "Tools") -> None:
+def add_file_tools(tools: "Tools", sdk: Any) -> None:
     """Register the tools that copy files, below --files-dir."""
     from pydantic import Field
 
-    settings = tools.interpreter.settings
+    files_dir = tools.interpreter.settings.files_dir
     switch_field = Annotated[
         bool, none_is(False), Field(description="replace a file that exists")
     ]
@@ -6204,19 +6188,33 @@ def add_file_tools(server: Any, sdk: Any, tools: "Tools") -> None:
         copy = partial(Transfer.download, remote_path=remote_path, host_path=host_path)
         return await tools.copy_file(copy, overwrite, ctx)
 
-    upload = UPLOAD_FILE.format(settings.files_dir)
-    download = DOWNLOAD_FILE.format(settings.files_dir)
-    register(server, settings, upload_file, "Upload a file", upload)
-    register(server, settings, download_file, "Download a file", download)
+    tools.add(upload_file, "Upload a file", UPLOAD_FILE.format(files_dir))
+    tools.add(download_file, "Download a file", DOWNLOAD_FILE.format(files_dir))
 
 
 class Tools:
     """The tools' handlers: they wait, and all that blocks goes through a thread."""
 
-    def __init__(self, interpreter: Interpreter) -> None:
+    def __init__(self, interpreter: Interpreter, server: Any) -> None:
         self.interpreter = interpreter
+        self._server = server
         # The runs whose calls wait, by the id of the request.
         self._runs: dict[str, Run] = {}
+
+    def add(self, function: Any, title: str, description: str, **hints: bool) -> None:
+        """Add one tool, with what the model reads of it."""
+        from mcp.types import ToolAnnotations
+
+        size = int(self.interpreter.settings.max_output * 1.2) + 2_000
+        self._server.add_tool(
+            function,
+            name=function.__name__.removesuffix("_"),
+            title=title,
+            description=description,
+            annotations=ToolAnnotations.model_validate({"title": title, **hints}),
+            meta={"anthropic/maxResultSizeChars": size},
+            structured_output=False,
+        )
 
     def stop(self, request_id: str) -> None:
         """Withdraw the run of a request that a user stopped. From any thread."""
@@ -6232,12 +6230,12 @@ class Tools:
         try:
             session = self.interpreter.session(session_id, kernel_name)
         except ConfigError as err:
-            return tool_result(self._report([], [str(err)], session_id))
+            return tool_result(self.report([], [str(err)], session_id))
 
         run = session.submit(code)
         self._runs[str(ctx.request_id)] = run
         try:
-            await self._wait(run.ended, timeout_s, ctx, session.newest_line)
+            await self.wait(run.ended, timeout_s, ctx, session.newest_line)
             await until_cancelled(run)
             collected = in_thread(session.collect, run, timeout_s)
             result = await asyncio.wrap_future(collected)
@@ -6249,49 +6247,31 @@ class Tools:
             self._runs.pop(str(ctx.request_id), None)
         return tool_result(result)
 
-    async def interrupt(
-        self, session_id: int, restart: bool, shutdown: bool, ctx: Any
-    ) -> Any:
-        session = self.interpreter.session(session_id)
-        call = partial(session.interrupt, restart=restart, shutdown=shutdown)
-        stopped = in_thread(call)
-        await self._wait(stopped, HTTP_TIMEOUT_S, ctx, session.newest_line)
-        return self._result(stopped, session_id)
-
-    async def list_sessions(self, ctx: Any) -> Any:
-        def work() -> Result:
-            return self._report(self.interpreter.list_sessions())
-
-        listed = in_thread(work)
-        await self._wait(listed, HTTP_TIMEOUT_S, ctx, lambda: "listing")
-        return self._result(listed)
-
     async def copy_file(
         self, copy: Callable[..., str], overwrite: bool, ctx: Any
     ) -> Any:
         """Upload or download a file; cancelled, it is stopped and leaves nothing."""
         interpreter = self.interpreter
-        root = cast(Path, interpreter.settings.files_dir)
+        root = cast(Path, interpreter.settings.files_dir)  # Else there is no such tool.
         transfer = Transfer(interpreter.client, root, interpreter.folder)
 
         def work() -> Result:
             text = copy(transfer, overwrite=overwrite)
             if interpreter.has_gateway:
                 text += ELSEWHERE
-            return self._report([text])
+            return self.report([text])
 
         copied = in_thread(work)
         interpreter.transfers[copied] = transfer.is_cancelled
         copied.add_done_callback(interpreter.transfers.pop)
         try:
-            await self._wait(copied, math.inf, ctx, transfer.words)
+            await self.wait(copied, math.inf, ctx, transfer.words)
         except asyncio.CancelledError:
             transfer.is_cancelled.set()
             raise
+        return self.result(copied)
 
-        return self._result(copied)
-
-    async def _wait(
+    async def wait(
         self, future: Future[Any], max_s: float, ctx: Any, newest: Callable[[], str]
     ) -> None:
         """Wait as long as the call may, and tell the client what goes on meanwhile."""
@@ -6311,18 +6291,18 @@ class Tools:
             except Exception as err:  # noqa: BLE001  # It must not lose the result.
                 log.warning("Progress was not reported: %r", err)
 
-    def _result(self, future: Future[Result], session_id: int = 0) -> Any:
+    def result(self, future: Future[Result], session_id: int = 0) -> Any:
         """Return the SDK's result of what a thread did, or why it has none."""
         try:
-            result = future.result(0)
+            return tool_result(future.result(0))
         except (InterpreterError, FutureTimeout) as err:
             text = str(err) or "The Jupyter server does not answer"
-            result = self._report([], [text], session_id)
-        return tool_result(result)
+            return tool_result(self.report([], [text], session_id))
 
-    def _report(
+    def report(
         self, texts: list[str], errors: Sequence[str] = (), session_id: int = 0
     ) -> Result:
+        """Return what a call hands back that ran no code."""
         report = Report(self.interpreter.settings)
         report.add(message_taken(texts, list(errors)))
         return report.finish(session_id, "", could_not_run=bool(errors))
