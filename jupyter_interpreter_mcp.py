@@ -5535,7 +5535,11 @@ class Transfer:
         aside = beside(target, "old")
         tidy = Transfer(self.client, self.root, self.folder, TIDY_S)
         with host_source(self.root, host_path) as source, explained(target):
-            self._check_free(target, overwrite)
+            with contextlib.suppress(NotFound):
+                self._look(target)
+                if not overwrite:
+                    raise TransferError(f"{target} exists; overwrite=true replaces it")
+
             folder = posixpath.dirname(target)
             self._insist(lambda _: self.client.make_folder(folder))
 
@@ -5595,12 +5599,6 @@ class Transfer:
         """Return what the server says of a file; NotFound if there is none."""
         model = self.client.request("GET", f"contents/{quote(path)}?content=0")
         return parse_remote_file(path, model)
-
-    def _check_free(self, path: str, overwrite: bool) -> None:
-        with contextlib.suppress(NotFound):
-            self._look(path)
-            if not overwrite:
-                raise TransferError(f"{path} exists; overwrite=true replaces it")
 
     def _store(self, source: BinaryIO, path: str, host_path: str) -> None:
         """Copy an open file to a new file of the server, chunk by chunk."""
@@ -5990,9 +5988,8 @@ class Stdin:
         with contextlib.suppress(ValueError, AttributeError, RecursionError):
             note = json.loads(line)
             params = note.get("params") or {}
-            if note.get("method") != "notifications/cancelled":
-                return
-            if not TIMED_OUT.search(str(params.get("reason"))):
+            is_stop = not TIMED_OUT.search(str(params.get("reason")))
+            if is_stop and note.get("method") == "notifications/cancelled":
                 self._on_stop(str(params.get("requestId")))
 
 
