@@ -6556,6 +6556,13 @@ def run_local_server() -> None:
     wire = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
+    class Server(ServerApp):
+        async def cleanup_kernels(self) -> None:
+            # It fails for a kernel that is being restarted, and the server would never
+            # end. Kernels end without it, when their parent is gone.
+            with contextlib.suppress(Exception):
+                await super().cleanup_kernels()
+
     def stop_at_end_of_input() -> None:
         # The pipe closes, whatever ends the process at its other end.
         sys.stdin.read()
@@ -6566,7 +6573,7 @@ def run_local_server() -> None:
         with contextlib.suppress(OSError):
             print(app.connection_url, file=wire, flush=True)
 
-    app = ServerApp.instance()
+    app = Server.instance()
     app.initialize(sys.argv[1:])
     # What is for this server is not for what runs in its kernels.
     del os.environ["JUPYTER_TOKEN"]

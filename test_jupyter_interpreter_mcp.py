@@ -9377,6 +9377,13 @@ def test_the_local_server_ends_with_the_command(
     eventually(lambda: not any(map(psutil.Process.is_running, processes)))
 
 
+def test_the_local_server_ends_while_a_kernel_is_restarted(tmp_path: Path) -> None:
+    """Its own end fails then, about every second time."""
+    ended = command("--local", str(tmp_path), "--execute", "import os; os._exit(1)")
+    assert "The kernel died" in json.loads(ended.stdout)["error"][0]
+    eventually(lambda: not processes_of(tmp_path))
+
+
 @pytest.mark.pure
 def test_the_package_is_used_without_the_sdk() -> None:
     """Other agents copy the file and call its classes; they need not have `mcp`."""
