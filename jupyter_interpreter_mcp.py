@@ -1250,7 +1250,7 @@ def full_text(outputs: Sequence[Output]) -> Iterator[str]:
 
 # A newer helper replaces an older one in a living kernel: raise it with each change of
 # KernelHelper or BashCommand.
-HELPER_VERSION = 4
+HELPER_VERSION = 5
 # Longer cells are not parsed in the MCP server: 4 MB take 19 s and 1.9 GB.
 PARSED_HERE = 100_000
 
@@ -1653,27 +1653,24 @@ class KernelHelper(types.ModuleType):
             elif cell is not None:
                 self.answer(**cell)
             else:
-                self.run_bash(command, code)
+                self.answer(error=self.run_bash(command, code))
         finally:
             signal.signal(signal.SIGINT, previous or signal.default_int_handler)
 
-    def run_bash(self, command: BashCommand, code: str) -> None:
-        """Run a script; answer the error, "" if all is well."""
+    def run_bash(self, command: BashCommand, code: str) -> str:
+        """Run a script; return the error, "" if all is well."""
         script = code.replace("\r\n", "\n").replace("\0", "")
         bash = self.find_bash()
         if bash is None:
-            self.answer(error=self.NO_BASH)
-            return
-
+            return self.NO_BASH
         if command.waits(script):
-            self.answer(error=command.NO_TERMINAL)
-            return
+            return command.NO_TERMINAL
 
         if not self.folder:
             self.folder = os.path.expanduser("~")
             os.chdir(self.folder)
             command.send(f"[the working directory was deleted; now in {self.folder}]\n")
-        self.answer(error=command.run(bash, script, self.environment()))
+        return command.run(bash, script, self.environment())
 
     def answer(self, **fields: Any) -> None:
         """Put fields into the payload of the reply, behind those that are there."""
