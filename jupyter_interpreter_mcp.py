@@ -1523,10 +1523,9 @@ class KernelHelper(types.ModuleType):
     What commands print goes out as stream messages, whatever became of sys.stdout.
     """
 
-    # A client_session_id that begins so is one of ours.
+    # A client_session_id that begins so is one of ours, and so is a PYTHONSAFEPATH of
+    # this value: that of the kernels of --local.
     PROGRAM = "jupyter-interpreter-mcp"
-    # Set beside PYTHONSAFEPATH for the kernels of --local.
-    SAFE_PATH = "JUPYTER_INTERPRETER_MCP_SAFE_PATH"
     NO_BASH = "There is no bash on the machine where the kernel runs: use Python"
     FORCES = "%%bash on the first line makes it a bash cell"
     # For commands that would ask, page or colour.
@@ -1591,8 +1590,8 @@ class KernelHelper(types.ModuleType):
         self.shown: list[str] | None = None
         self.follow_cells(older)
 
-        if os.environ.pop(self.SAFE_PATH, None):
-            os.environ.pop("PYTHONSAFEPATH", None)
+        if os.environ.get("PYTHONSAFEPATH") == self.PROGRAM:
+            del os.environ["PYTHONSAFEPATH"]
             sys.path.insert(0, "")  # From now on as in any kernel.
 
         # Makes `python` and `pip` the kernel's own, for bash, `!` and subprocesses;
@@ -6565,11 +6564,6 @@ def run_local_server() -> None:
         sys.stdin.read()
         app.stop()
 
-    def tell_url() -> None:
-        # Who started this may have ended already.
-        with contextlib.suppress(OSError):
-            print(app.connection_url, file=wire, flush=True)
-
     app = Server.instance()
     app.initialize(sys.argv[1:])
     # What is for this server is not for what runs in its kernels.
@@ -6578,9 +6572,10 @@ def run_local_server() -> None:
     # ZeroMQ is not to drop what the rate limits would have let through.
     app.kernel_manager.context.rcvhwm = 0
     threading.Thread(target=stop_at_end_of_input, daemon=True).start()
-    app.io_loop.add_callback(tell_url)
+    # It listens, and answers soon. Who started this may have ended already.
+    with contextlib.suppress(OSError):
+        print(app.connection_url, file=wire, flush=True)
     app.start()
-    app.remove_server_info_file()
     # A worker thread of a request that was cut off would keep the process for ever.
     os._exit(0)
 
@@ -6601,7 +6596,7 @@ def local_server(root: Path) -> Iterator[tuple[str, str]]:
         settings = {"JUPYTER_TOKEN": token, "JUPYTER_CONFIG_DIR": empty}
         # Nor is an ipykernel_launcher.py of a project run as the kernel (Python 3.11
         # and newer); the helper takes this away for what the kernel starts.
-        settings |= {"PYTHONSAFEPATH": "1", KernelHelper.SAFE_PATH: "1"}
+        settings["PYTHONSAFEPATH"] = KernelHelper.PROGRAM
         process = subprocess.Popen(
             [*command, *LOCAL_FLAGS.split()],
             stdin=subprocess.PIPE,
