@@ -57,7 +57,7 @@ Somebody else's version of a notebook is always kept: `merge` adds our cells to 
 vanishes within seconds of our own save is put back, what a person deletes later is not.
 
 In the user's kernel lives one module of ours, `KernelHelper`, whose source goes along
-with each greeting. It has hooks before and after cells, observes the two functions by
+with each greeting. It has hooks before and after cells, observes the function by
 which IPython runs `!`, handles SIGINT while a script runs, and puts the kernel's own
 directory first on PATH. Nothing of it shows in the user's namespace.
 
