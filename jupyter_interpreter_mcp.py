@@ -6331,7 +6331,8 @@ EPILOG = (
     "JUPYTER_BASE_URL, JUPYTER_TOKEN and NOTEBOOKS_FOLDER are variables for the first "
     "three flags. A .env in the working directory may hold them; it counts only when "
     "neither flag nor variable gives URL or token. Everything else is flags only. To "
-    "open the server of --local in a browser, see `jupyter server list`."
+    "open the server of --local in a browser, while it runs, see what "
+    "`uvx --from jupyter-server jupyter-server list` prints."
 )
 # The least and the most that a flag takes.
 LIMITS = {
@@ -6523,6 +6524,9 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if value is not None and not least <= value <= most:
             flag = name.removesuffix("_s").replace("_", "-")
             parser.error(f"--{flag} must be from {least} to {most:.0f}")
+
+    if options.session_id and options.execute is None:
+        parser.error("--session-id goes with --execute: tools name their sessions")
 
     folder = options.notebooks_folder or ""
     if folder != folder.encode("utf-8", "replace").decode():

@@ -8849,6 +8849,7 @@ MISTAKEN_FLAGS: list[tuple[list[str], str]] = [
     ([*URL_FLAG, "--restore-limit", "-1"], "--restore-limit"),
     ([*URL_FLAG, "--execute", "1", "--session-id", "-3"], "--session-id"),
     ([*URL_FLAG, "--execute", "1", "--session-id", str(2**53)], "--session-id"),
+    ([*URL_FLAG, "--session-id", "5"], "--execute"),
     ([*URL_FLAG, "--execute"], "--execute"),
     ([*URL_FLAG, "--notebooks-folder", "~/nb"], "--notebooks-folder"),
     ([*URL_FLAG, "--files-dir", "/no/such/folder"], "/no/such/folder"),
