@@ -7805,6 +7805,43 @@ def test_a_link_that_is_swapped_meanwhile_is_not_followed(
         assert file.read() != b"secret"
 
 
+HOSTS_WRONG = ["../outside", "link", "new", "new/data/x", "gone", "nul\0"]
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("has_descriptors", [True, False])
+def test_host_files_stay_below_their_folder_on_every_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_descriptors: bool
+) -> None:
+    """Windows opens no file relative to a folder's descriptor."""
+    if not has_descriptors:
+        monkeypatch.setattr(os, "supports_dir_fd", set())
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "outside").write_bytes(b"secret")
+    (root / "link").symlink_to(tmp_path / "outside")
+
+    for content, overwrite in [(b"one", False), (b"two", True)]:
+        with jim.host_replacement(root, "new/data", overwrite) as target:
+            target.write(content)
+    with jim.host_source(root, "new/data") as source:
+        assert source.read() == b"two"
+    with (
+        pytest.raises(jim.TransferError),
+        jim.host_replacement(root, "new/data", False),
+    ):
+        pass
+    with (
+        pytest.raises(jim.TransferError, match="no space is left"),
+        jim.host_replacement(root, "new/half", False),
+    ):
+        raise OSError("no space is left")
+    for wrong in [*HOSTS_WRONG, str(tmp_path / "outside")]:
+        with pytest.raises(jim.TransferError), jim.host_source(root, wrong):
+            pass
+    assert os.listdir(root / "new") == ["data"]
+
+
 class Files:
     """A command with a folder of this host, and the server's notebooks folder."""
 
