@@ -131,7 +131,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import Enum
 from functools import partial
@@ -3515,6 +3515,7 @@ class Notebook:
         """
         try:
             self._look()
+            self._looked_at = self._clock()
         finally:
             self._may_begin_anew = self._was_deleted
 
@@ -3566,24 +3567,25 @@ class Notebook:
             return
 
         self._confirmed_at = now
-        if self._client.modified(self.path) == self.last_modified:
-            self._settle(now - SETTLED_S)  # Our last save stands.
-        elif self._reread():
+        if self._look():
             self._write()
 
-    def _look(self) -> None:
-        """Look whether somebody else changed the file, and if so take their version."""
+    def _look(self) -> bool:
+        """Take the version of somebody else who changed the file meanwhile.
+
+        Returns: Does it lack something of ours?
+        """
+        is_behind = False
         modified = self._client.modified(self.path)
         if modified is None:
             self._note_absence()
         elif modified == self.last_modified:
-            # Our last save stands, and with it what older ones brought.
-            self._settle(self._written_at - SETTLED_S)
+            self._settle()  # Our last save stands, and with it what older ones brought.
         else:
             if self.last_modified is not None:
                 self._shared_at = self._clock()
-            self._reread()
-        self._looked_at = self._clock()
+            is_behind = self._reread()
+        return is_behind
 
     def _note_absence(self) -> None:
         """Forget a file that somebody deleted."""
@@ -3652,13 +3654,13 @@ class Notebook:
             elif self._cells[cell_id] != there.get(cell_id):
                 pending.saved_at = self._clock()  # It is saved once more.
                 is_behind = True
-        self._settle(self._clock() - SETTLED_S)
+        self._settle()
         return is_behind
 
-    def _settle(self, until: float) -> None:
-        """Take the cells for confirmed that were saved until a moment."""
+    def _settle(self) -> None:
+        """Take the cells for confirmed that the file still holds SETTLED_S later."""
         for cell_id, pending in list(self._pending.items()):
-            if pending.saved_at <= until:
+            if self._clock() - pending.saved_at >= SETTLED_S:
                 del self._pending[cell_id]
 
     def _write(self) -> None:
@@ -3715,29 +3717,24 @@ def merge(
     One that is missing comes behind the one before it in `order`, that of the file as
     we knew it; if that is not there, and if it is new, at the end.
     """
-    merged = []
-    for cell in theirs:
-        ours = pending.get(cell["id"])
-        if ours is not None:
-            merged.append(combine(cell, ours.cell))
-        else:
-            merged.append(cell)
+    cells = {cell["id"]: cell for cell in theirs}
+    for cell_id, ours in pending.items():
+        if cell_id in cells:
+            cells[cell_id] = combine(cells[cell_id], ours.cell)
 
-    places = list(zip(order, ["", *order], strict=False))
-    places += [(cell_id, "") for cell_id in pending]
-    there = {cell["id"] for cell in merged}
-    for cell_id, before in places:
-        ours = pending.get(cell_id)
-        if ours is None or cell_id in there or not ours.may_return:
+    ids = list(cells)
+    before = dict(zip(order, ["", *order], strict=False))
+    for cell_id in [*order, *pending]:
+        missing = pending.get(cell_id)
+        if missing is None or cell_id in ids or not missing.may_return:
             continue
 
-        there.add(cell_id)
-        ids = [cell["id"] for cell in merged]
         place = len(ids)
-        if before in ids:
-            place = ids.index(before) + 1
-        merged.insert(place, ours.cell)
-    return merged
+        if before.get(cell_id) in ids:
+            place = ids.index(before[cell_id]) + 1
+        ids.insert(place, cell_id)
+        cells[cell_id] = missing.cell
+    return [cells[cell_id] for cell_id in ids]
 
 
 def combine(theirs: Cell, ours: Cell) -> Cell:
@@ -3913,7 +3910,8 @@ SHELL_LINE = re.compile(
     re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 NO_CODE = re.compile(r"(?:\s+|pass\b|\#[^\n]*)*")
-PYTHON_MAGIC = re.compile(r"%%(?:time|capture|prun)\b[^\n]*\n")  # their body is Python
+# Their body is Python.
+PYTHON_MAGICS = re.compile(r"\A(?:%%(?:time|capture|prun)\b[^\n]*\n)+")
 
 # Why a cell was not run again, beside its outcome.
 NOT_OURS = "a person's own"
@@ -3929,19 +3927,11 @@ REPORT_SIZE = 1_000  # characters
 PART_SIZE = 120  # of a list of cells or an error in it
 
 
-class Step(NamedTuple):
-    """A cell that a restore runs. folder: where; "" is where the kernel began."""
-
-    number: int
-    folder: str
-    source: str
-
-
 @dataclass
 class RestorePlan:
     """What a restore does, and what it leaves out."""
 
-    steps: list[Step] = field(default_factory=list)
+    steps: list[SavedCell] = field(default_factory=list)  # what of them runs again
     skipped: dict[int, str] = field(default_factory=dict)  # reasons by number
     left: list[SavedCell] = field(default_factory=list)  # over the limit
     last_folder: str = ""  # to go to at the end; "": nowhere else
@@ -3979,7 +3969,7 @@ def plan_restore(
         if plan.left or total_s > limit_s or limit_s == 0:
             plan.left.append(cell)
             continue
-        plan.steps.append(Step(cell.number, cell.folder, source))
+        plan.steps.append(replace(cell, source=source))
         plan.last_folder = cell.ended_in
     return plan
 
@@ -4004,8 +3994,7 @@ def source_again(source: str) -> tuple[str, str]:
             return source, ""
         return "", BASH_WORKS
 
-    while match := PYTHON_MAGIC.match(body):
-        body = body[match.end() :]
+    body = PYTHON_MAGICS.sub("", body)
     magics = source.lstrip().removesuffix(body)
     if body.startswith("%%"):
         return "", body.split(maxsplit=1)[0]
@@ -4577,7 +4566,7 @@ class Worker:
             head = RESTORED.format(self._why_lost, self._session.session_id)
             self._run_again(run, plan, len(cells), head)
 
-    def _note_left(self, cells: list[SavedCell], steps: list[Step]) -> None:
+    def _note_left(self, cells: list[SavedCell], steps: list[SavedCell]) -> None:
         """Note in the notebook which cells `%restore` would run."""
         is_python = self.kernel.has_helper
         whole = plan_restore(cells, math.inf, is_python=is_python)

@@ -6348,6 +6348,23 @@ def test_released_cells_are_read_again(disk: Disk) -> None:
     assert run_and_save(notebook, code_cell("c")) is jim.Saved.ANEW
 
 
+@pytest.mark.pure
+def test_a_first_cell_that_was_not_saved_is_kept_when_idle(disk: Disk) -> None:
+    """There is no file yet, and so nothing that could confirm the cell."""
+    notebook = notebook_on(disk)
+    notebook.load()
+    disk.hooks["write"] = lambda: setattr(disk, "error", jim.ServerError("full"))
+    with pytest.raises(jim.ServerError):
+        run_and_save(notebook, code_cell("a"))
+    disk.error = None
+    for _ in range(5):
+        disk.now += 1.1
+        notebook.confirm()
+    notebook.release()
+    assert run_and_save(notebook, code_cell("b")) is jim.Saved.WELL
+    assert disk.ids() == ["a", "b"]
+
+
 def pending(name: str, *, may_return: bool = True) -> tuple[str, jim.Pending]:
     return name, jim.Pending(code_cell(name, "ours"), 0.0, may_return=may_return)
 
@@ -7070,7 +7087,7 @@ def test_a_restore_names_what_it_does_not_run() -> None:
         saved_cell(8, "y", folder="/data"),
     ]
     plan = jim.plan_restore(cells, 60.0)
-    assert plan.steps == [(1, "/home", "x"), (8, "/data", "y")]
+    assert plan.steps == [cells[0], cells[7]]
     assert plan.skipped == {
         2: "failed",
         4: "outcome unknown",
