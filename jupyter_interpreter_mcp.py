@@ -56,6 +56,10 @@ it still there?", which lists the signs and when each can be missed.
 Somebody else's version of a notebook is always kept: `merge` adds our cells to it; what
 vanishes within seconds of our own save is put back, what a person deletes later is not.
 
+Under `--local` code runs on the user's machine, and a stranger may have written the
+notebooks. So each cell is signed there with a secret of the user (`signature_of`), and
+one whose signature does not hold runs again only when `%restore` asks for it.
+
 In the user's kernel lives one module of ours, `KernelHelper`, whose source goes along
 with each greeting. It has hooks before and after cells, observes the function by
 which IPython runs `!`, handles SIGINT while a script runs, and puts the kernel's own
@@ -100,6 +104,7 @@ import contextlib
 import ctypes
 import enum
 import functools
+import hmac
 import html
 import importlib.util
 import inspect
@@ -3130,6 +3135,7 @@ class Settings:
         files_dir: On this machine, for uploads and downloads; None: there are none.
         is_one_shot: A person at a terminal runs one cell (--execute), not a model.
         hints: In the messages, what to do next.
+        signing_key: Of the cells, under --local; None: they are not signed.
     """
 
     folder: str = "notebooks"
@@ -3142,6 +3148,7 @@ class Settings:
     is_local: bool = False
     is_one_shot: bool = False
     hints: Hints = TOOL_HINTS
+    signing_key: bytes | None = field(default=None, repr=False)
 
 
 class Stage(str, Enum):
@@ -3401,7 +3408,7 @@ class SavedCell:
     folder: str = ""  # where it began; "": not known
     ended_in: str = ""  # where it left the kernel; "": not known
     duration_s: float = 0.0
-    is_ours: bool = True
+    is_ours: bool = True  # it has a mark of ours; with a signing key: one that holds
     is_tagged: bool = False  # as one that is not to be run
 
 
@@ -3453,6 +3460,8 @@ class Notebook:
         client: RemoteJupyterClient,
         path: str,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        signing_key: bytes | None = None,
     ) -> None:
         self.path = path
         self.metadata: dict[str, Any] = {}
@@ -3462,6 +3471,7 @@ class Notebook:
         self.mark: dict[str, Any] = {"adopted": False, "left": []}
         self._client = client
         self._clock = clock
+        self._signing_key = signing_key
         self._rest: dict[str, Any] = {"nbformat": 4, "nbformat_minor": 5}
         self._cells: dict[str, Piece] = {}  # by id, in order
         self._pending: dict[str, Pending] = {}
@@ -3498,8 +3508,9 @@ class Notebook:
             return None
 
         self.mark.update(mark_in(self.metadata))
+        key = self._signing_key
         cells = map(cell_of, self._cells.values())
-        return [parse_cell(number, cell) for number, cell in enumerate(cells, 1)]
+        return [parse_cell(number, cell, key) for number, cell in enumerate(cells, 1)]
 
     def release(self) -> None:
         """Let go of the cells, if they can be read again when they are wanted."""
@@ -3525,6 +3536,9 @@ class Notebook:
         Raises:
             NotebookError, ServerError: Not saved now; it is saved with the next cell.
         """
+        if self._signing_key is not None:
+            signature = signature_of(cell, self._signing_key)
+            cell["metadata"][MARK]["signature"] = signature
         cell_id = cell["id"]
         was_confirmed = cell_id == self._last_id and cell_id not in self._pending
         self._last_id = cell_id
@@ -3820,7 +3834,24 @@ def mark_in(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {key: mark[key] for key in known if isinstance(mark.get(key), known[key])}
 
 
-def parse_cell(number: int, cell: Cell) -> SavedCell:
+def signature_of(cell: Cell, key: bytes) -> str:
+    """Return the signature of what a restore relies on in a cell of ours."""
+    mark = dict_in(cell["metadata"], MARK)
+    relied_on = [cell["source"]]
+    relied_on += [mark.get(name) for name in ("outcome", "folder", "ended_in")]
+    # As JSON no two lists are the same text; as bytes it is what stands in the file.
+    text = dump([MARK, *relied_on]).encode("utf-8", "replace")
+    return hmac.new(key, text, "sha256").hexdigest()
+
+
+def is_signed(cell: Cell, key: bytes) -> bool:
+    """Return whether a cell stands in the file as a holder of the key saved it."""
+    given = str(dict_in(cell["metadata"], MARK).get("signature"))
+    expected = signature_of(cell, key)
+    return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
+
+
+def parse_cell(number: int, cell: Cell, key: bytes | None = None) -> SavedCell:
     """Return what a restore wants to know of a cell of a notebook that was read."""
     metadata = cell["metadata"]
     mark = dict_in(metadata, MARK)
@@ -3833,7 +3864,7 @@ def parse_cell(number: int, cell: Cell) -> SavedCell:
         str(mark.get("folder") or ""),
         str(mark.get("ended_in") or ""),
         duration_of(times),
-        bool(mark),
+        bool(mark) and (key is None or is_signed(cell, key)),
         "skip-execution" in str(metadata.get("tags")),
     )
 
@@ -3915,6 +3946,10 @@ PYTHON_MAGICS = re.compile(r"\A(?:%%(?:time|capture|prun)\b[^\n]*\n)+")
 
 # Why a cell was not run again, beside its outcome.
 NOT_OURS = "a person's own"
+NOT_SIGNED = (
+    "not known to have run here as they are: read them before a cell that is just "
+    "%restore, which runs them"
+)
 TAGGED = "tagged skip-execution"
 BASH_WORKS = "bash that may work on files"
 ONLY_SHELL = "only call the shell"
@@ -3942,22 +3977,25 @@ def plan_restore(
     limit_s: float,
     *,
     is_python: bool = True,
-    is_adopted: bool = False,
+    not_ours: str = "",
 ) -> RestorePlan:
     """Choose the cells that bring variables back and do not repeat work on files.
 
     Stops before the cell with whose recorded time it would pass `limit_s`; 0 runs none.
-    Cells of other kernels than Python's run again as they are. In an adopted notebook
-    only the cells of ours run.
+    Cells of other kernels than Python's run again as they are. `not_ours` says why
+    cells that are not ours do not run; "": they do.
     """
     plan = RestorePlan()
     total_s = 0.0
     for cell in cells:
         if cell.outcome is Outcome.NEVER_RAN or not cell.source.strip():
             continue
+        if not_ours and not cell.is_ours:
+            plan.skipped[cell.number] = not_ours
+            continue  # Nor is its folder believed.
 
         plan.last_folder = cell.ended_in or cell.folder or plan.last_folder
-        reason = reason_against(cell, is_adopted=is_adopted)
+        reason = reason_against(cell)
         source = cell.source
         if is_python and not reason:
             source, reason = source_again(source)
@@ -3974,10 +4012,8 @@ def plan_restore(
     return plan
 
 
-def reason_against(cell: SavedCell, *, is_adopted: bool) -> str:
+def reason_against(cell: SavedCell) -> str:
     """Return why a cell does not run again whatever is in it, or ""."""
-    if is_adopted and not cell.is_ours:
-        return NOT_OURS
     if cell.is_tagged:
         return TAGGED
     if cell.outcome is not Outcome.ENDED_WELL:
@@ -4180,7 +4216,8 @@ class Worker:
         self._run: Run | None = None
         # The last kernel; its id is "" as long as there was none.
         self.kernel = Kernel(self._client, "", self._tick)
-        self._notebook = Notebook(self._client, self._path)
+        key = self._settings.signing_key
+        self._notebook = Notebook(self._client, self._path, signing_key=key)
         # The session's id was made up for this call, so there is nothing to look for.
         self._is_new = is_new
         # This process has brought it up before.
@@ -4554,13 +4591,18 @@ class Worker:
         """Run the cells of a notebook again, up to the limit, and say which."""
         limit_s = self._settings.restore_limit_s
         is_adopted = self._notebook.mark["adopted"]
+        not_ours = ""
+        if self._settings.signing_key is not None:
+            not_ours = NOT_SIGNED
+        elif is_adopted:
+            not_ours = NOT_OURS
         if run.code.strip() == RESTORE_REST:
             limit_s = math.inf
             is_adopted = False
+            not_ours = ""
 
-        plan = plan_restore(
-            cells, limit_s, is_python=self.kernel.has_helper, is_adopted=is_adopted
-        )
+        is_python = self.kernel.has_helper
+        plan = plan_restore(cells, limit_s, is_python=is_python, not_ours=not_ours)
         self._note_left(cells, plan.steps)
         if plan.steps or not is_adopted:
             head = RESTORED.format(self._why_lost, self._session.session_id)
@@ -6531,7 +6573,8 @@ def run_local_server() -> None:
     """Run a Jupyter server until standard input ends.
 
     Sent as source to a Python of its own, so it uses nothing of this module. The first
-    line on standard output is the URL, written once the server listens.
+    line on standard output is the URL, written once the server listens, and a key: the
+    user's secret for signing notebooks, which no project's folder can hold.
     """
     import contextlib
     import os
@@ -6565,17 +6608,24 @@ def run_local_server() -> None:
     # ZeroMQ is not to drop what the rate limits would have let through.
     app.kernel_manager.context.rcvhwm = 0
     threading.Thread(target=stop_at_end_of_input, daemon=True).start()
+    key = b""
+    with contextlib.suppress(Exception):  # There may be no place to keep it.
+        key = app.contents_manager.notary.secret
+    # Without one no signature of today holds tomorrow.
+    key = key or os.urandom(32)
     # It listens, and answers soon. Who started this may have ended already.
     with contextlib.suppress(OSError):
-        print(app.connection_url, file=wire, flush=True)
+        print(app.connection_url, key.hex(), file=wire, flush=True)
     app.start()
     # A worker thread of a request that was cut off would keep the process for ever.
     os._exit(0)
 
 
 @contextlib.contextmanager
-def local_server(root: Path) -> Iterator[tuple[str, str]]:
-    """Start a Jupyter server on loopback; give its URL and token. It ends with us.
+def local_server(root: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Start a Jupyter server on loopback; it ends with us.
+
+    Yields: Its URL, its token, and the key with which its user's cells are signed.
 
     Raises:
         ConfigError: Its packages are missing, or it did not start.
@@ -6607,7 +6657,7 @@ def local_server(root: Path) -> Iterator[tuple[str, str]]:
         with process, contextlib.ExitStack() as starting:
             starting.callback(process.kill)
             assert process.stdout is not None
-            url = process.stdout.readline().decode().strip()
+            url, _, key = process.stdout.readline().decode().strip().partition(" ")
             if not url:
                 raise ConfigError(
                     "--local started no server; see --verbose. It needs the extra "
@@ -6615,7 +6665,7 @@ def local_server(root: Path) -> Iterator[tuple[str, str]]:
                     f"or jupyter-server, ipykernel and pip for {sys.executable}"
                 )
             starting.pop_all()
-            yield url, token
+            yield url, token, bytes.fromhex(key)
 
 
 def run_cell(interpreter: Interpreter, options: argparse.Namespace) -> int:
@@ -6671,8 +6721,10 @@ def connect(options: argparse.Namespace, stack: contextlib.ExitStack) -> Interpr
     url = options.jupyter_base_url or ""
     token = options.jupyter_token or ""
     is_local = options.local is not None
+    settings = settings_of(options)
     if is_local:
-        url, token = stack.enter_context(local_server(options.local))
+        url, token, key = stack.enter_context(local_server(options.local))
+        settings = replace(settings, signing_key=key)
 
     bundle = options.ca_bundle
     client = RemoteJupyterClient(url, token, ca_bundle=bundle, is_direct=is_local)
@@ -6681,7 +6733,7 @@ def connect(options: argparse.Namespace, stack: contextlib.ExitStack) -> Interpr
         log.warning("%s", warning)
 
     try:
-        interpreter = Interpreter(client, settings_of(options))
+        interpreter = Interpreter(client, settings)
     except ServerError as err:
         raise InterpreterError(f"{err}{advice(err, url, token)}") from err
     stack.callback(interpreter.close)  # It saves what runs.

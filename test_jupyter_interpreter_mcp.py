@@ -6567,6 +6567,51 @@ def test_the_file_tells_where_a_cell_ran_and_how_long() -> None:
     assert not cell.is_tagged
 
 
+FORGERIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"source": "print('b')"}, {}),
+    ({"source": ""}, {}),
+    ({}, {"outcome": "failed"}),
+    ({}, {"folder": "/"}),
+    ({}, {"ended_in": "/"}),
+    ({}, {"folder": "/tmp", "ended_in": "/home"}),
+    ({}, {"folder": None}),
+    ({}, {"signature": ""}),
+    ({}, {"signature": None}),
+    ({}, {"signature": "\ud83d\xe9"}),
+    ({}, {"signature": ["x"]}),
+    ({"metadata": {}}, {}),
+]
+
+
+def signed_cell(disk: Disk, source: str = "") -> dict[str, Any]:
+    """A cell as it is saved with a key."""
+    client: Any = disk
+    path = "notebooks/1.ipynb"
+    notebook = jim.Notebook(client, path, lambda: disk.now, signing_key=b"key")
+    notebook.save(code_cell("a", source=source, folder="/home", ended_in="/tmp"))
+    return disk.cell("a")
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("source", ["x = 1", "'\ud83d' '\xe9'\n\n"])
+def test_a_signature_holds_with_its_key_only(disk: Disk, source: str) -> None:
+    cell = signed_cell(disk, source)
+    assert jim.parse_cell(1, cell, b"key").is_ours
+    assert not jim.parse_cell(1, cell, b"another").is_ours
+    assert jim.parse_cell(1, cell).is_ours
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(("fields", "mark"), FORGERIES)
+def test_a_copied_signature_holds_for_nothing_else(
+    disk: Disk, fields: dict[str, Any], mark: dict[str, Any]
+) -> None:
+    cell = signed_cell(disk)
+    cell["metadata"][MARK].update(mark)
+    cell.update(fields)
+    assert not jim.parse_cell(1, cell, b"key").is_ours
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.load)])
 def test_two_servers_on_one_session_lose_no_cell(
@@ -7135,9 +7180,16 @@ def test_another_kernels_cells_run_again_as_they_are() -> None:
 @pytest.mark.pure
 def test_only_our_cells_of_a_persons_notebook_run_again() -> None:
     cells = [saved_cell(1, is_ours=False), saved_cell(2)]
-    plan = jim.plan_restore(cells, 60.0, is_adopted=True)
+    plan = jim.plan_restore(cells, 60.0, not_ours=jim.NOT_OURS)
     assert [step.number for step in plan.steps] == [2]
     assert plan.skipped == {1: jim.NOT_OURS}
+
+
+@pytest.mark.pure
+def test_the_folder_of_a_cell_that_is_not_ours_is_not_believed() -> None:
+    cells = [saved_cell(1, folder="/data"), saved_cell(2, ended_in="/", is_ours=False)]
+    plan = jim.plan_restore(cells, 0.0, not_ours=jim.NOT_SIGNED)
+    assert plan.last_folder == "/data"
 
 
 @pytest.mark.pure
@@ -7174,6 +7226,48 @@ def test_a_summary_is_the_number_of_cells_and_the_first_line() -> None:
     assert jim.summary(notebook_text(), "1.ipynb") == (0, "")
     with pytest.raises(jim.NotebookError, match=r"1\.ipynb"):
         jim.summary("", "1.ipynb")
+
+
+def local_flags(tmp_path: Path) -> list[str]:
+    """A project's folder under --local, whose user has signed nothing before."""
+    (tmp_path / "project" / "notebooks").mkdir(parents=True)
+    return ["--local", str(tmp_path / "project"), "--execute"]
+
+
+def test_local_runs_a_strangers_cells_only_when_it_is_asked_to(tmp_path: Path) -> None:
+    flags = local_flags(tmp_path)
+    user = {"JUPYTER_DATA_DIR": str(tmp_path / "user")}
+    trace = tmp_path / "run by a stranger"
+    source = f"x = open({str(trace)!r}, 'w').write('x')"
+    forged = code_cell("a", source=source, folder=str(tmp_path), signature="0" * 64)
+    notebook = tmp_path / "project" / "notebooks" / "7.ipynb"
+    notebook.write_text(notebook_text(forged))
+    code = "import os; os.getcwd()"
+    result = execute(*flags, code, "--session-id", "7", environment=user)
+    report, folder = shown(result)
+    assert folder == repr(str(notebook.parent))
+    assert f"1 cell (1) ({jim.NOT_SIGNED})" in report
+    assert not trace.exists()
+
+    execute(*flags, "%restore", "--session-id", "7", environment=user)
+    assert trace.exists()
+
+
+def test_local_restores_what_an_earlier_process_of_the_user_ran(tmp_path: Path) -> None:
+    flags = local_flags(tmp_path)
+    user = {"JUPYTER_DATA_DIR": str(tmp_path / "user")}
+    session_id = execute(*flags, "x = 41", environment=user)["session_id"]
+    flags += ["x + 1", "--session-id", str(session_id)]
+    report, value = shown(execute(*flags, environment=user))
+    assert value == "42"
+    assert "1 cell (1) ran again" in report
+
+    # A person edits the first cell and runs it, in another server.
+    notebook = tmp_path / "project" / "notebooks" / f"{session_id}.ipynb"
+    notebook.write_text(notebook.read_text().replace("x = 41", "x = 40"))
+    result = execute(*flags, environment=user)
+    assert "NameError" in str(result["error"])
+    assert f"1 cell (1) ({jim.NOT_SIGNED})" in result["result"][0]
 
 
 # What an engineer's day leaves: each of these would do harm a second time.
