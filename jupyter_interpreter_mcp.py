@@ -4607,6 +4607,8 @@ class Worker:
         if plan.steps or not is_adopted:
             head = RESTORED.format(self._why_lost, self._session.session_id)
             self._run_again(run, plan, len(cells), head)
+        else:
+            self.kernel.probe(KernelState.READY)  # Nothing can be cut short here.
 
     def _note_left(self, cells: list[SavedCell], steps: list[SavedCell]) -> None:
         """Note in the notebook which cells `%restore` would run."""

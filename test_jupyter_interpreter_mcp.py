@@ -6869,6 +6869,19 @@ def test_a_persons_notebook_of_an_older_format_is_continued(
     assert sources(saved) == [*theirs, "x + 1", "x + 1"]
 
 
+def test_the_kernel_of_a_persons_notebook_outlives_the_command(
+    clients: Clients, server: JupyterServer
+) -> None:
+    """Nothing was restored in it, and so no restore was cut short."""
+    session_id = 1236
+    server.path(session_id).parent.mkdir(exist_ok=True)
+    theirs = {**code_cell("a", source="y = 1"), "metadata": {}}
+    server.path(session_id).write_text(notebook_text(theirs, metadata={}))
+    before = clients().run("import os; x = os.urandom(8).hex(); x", session_id)
+    after = clients().run("x", session_id)
+    assert shown(after)[-1] == shown(before)[-1]
+
+
 def test_two_cells_with_one_id_are_both_kept(
     client: Client, server: JupyterServer
 ) -> None:
