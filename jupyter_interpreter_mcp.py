@@ -6602,6 +6602,17 @@ def run_local_server() -> None:
         sys.stdin.read()
         app.stop()
 
+    def tell_url() -> None:
+        key = b""
+        with contextlib.suppress(Exception):  # There may be no place to keep it.
+            key = app.contents_manager.notary.secret
+        # Without one no signature of today holds tomorrow.
+        key = key or os.urandom(32)
+
+        # Who started this may have ended already.
+        with contextlib.suppress(OSError):
+            print(app.connection_url, key.hex(), file=wire, flush=True)
+
     app = Server.instance()
     app.initialize(sys.argv[1:])
     # What is for this server is not for what runs in its kernels.
@@ -6610,14 +6621,8 @@ def run_local_server() -> None:
     # ZeroMQ is not to drop what the rate limits would have let through.
     app.kernel_manager.context.rcvhwm = 0
     threading.Thread(target=stop_at_end_of_input, daemon=True).start()
-    key = b""
-    with contextlib.suppress(Exception):  # There may be no place to keep it.
-        key = app.contents_manager.notary.secret
-    # Without one no signature of today holds tomorrow.
-    key = key or os.urandom(32)
-    # It listens, and answers soon. Who started this may have ended already.
-    with contextlib.suppress(OSError):
-        print(app.connection_url, key.hex(), file=wire, flush=True)
+    # It listens when its loop runs, not before.
+    app.io_loop.add_callback(tell_url)
     app.start()
     # A worker thread of a request that was cut off would keep the process for ever.
     os._exit(0)
