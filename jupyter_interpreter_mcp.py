@@ -582,9 +582,11 @@ def parse_output(
     if msg_type not in FIELDS:
         return None
 
-    dumped = printable(json.dumps(content, ensure_ascii=False))
-    # No notebook can hold NaN and Infinity.
-    content = json.loads(dumped, parse_constant=lambda _: None)
+    dumped = json.dumps(content, ensure_ascii=False)
+    text = printable(dumped)
+    if text != dumped or "NaN" in text or "Infinity" in text:
+        # No notebook can hold NaN and Infinity.
+        content = json.loads(text, parse_constant=lambda _: None)
     fields = parse_fields(content, FIELDS[msg_type])
     if "metadata" in fields:
         fields["data"] = parse_data(fields["data"])
@@ -639,7 +641,11 @@ def stream_output(name: str, texts: Iterable[str] = ()) -> Output:
 
 def printable(text: str) -> str:
     """Return text that UTF-8 can hold: half a surrogate pair becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+        return text  # As nearly always, and in a tenth of the time.
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # What a terminal obeys without showing it.
@@ -652,8 +658,6 @@ ESCAPE = re.compile(
     """,
     re.VERBOSE,
 )
-# What is worked on at once of long text: whole lines, where there are any.
-PARTS = re.compile(rf"(?s).{{1,{BLOCK}}}(?:\n|\Z)|.{{{BLOCK}}}")
 # A state of a progress bar that another one follows: "\r 50%" in "\r 50%\r100%".
 OVERWRITTEN = re.compile(r"\r[^\r\n]*(?=\r[^\r\n])")
 
@@ -663,10 +667,24 @@ def clean(text: str) -> str:
 
     What follows a carriage return stands for its whole line.
     """
-    text = ESCAPE.sub("", text)
+    if "\x1b" in text or "\x9b" in text:
+        text = ESCAPE.sub("", text)
     if "\r" in text or "\b" in text:
         text = "\n".join(last_state(line) for line in text.split("\n"))
     return printable(text)
+
+
+def parts_of(text: str) -> Iterator[str]:
+    """Yield what is worked on at once of long text: whole lines, if there are any."""
+    start = 0
+    while start < len(text):
+        end = start + BLOCK
+        if end < len(text):
+            line_end = text.rfind("\n", start, end) + 1
+            if line_end > 0:
+                end = line_end
+        yield text[start:end]
+        start = end
 
 
 def last_state(line: str) -> str:
@@ -834,7 +852,7 @@ class Outputs:
 
     def _show(self, event: OutputEvent) -> None:
         if event.msg_type == "stream":
-            for text in PARTS.findall(event.content["text"]):
+            for text in parts_of(event.content["text"]):
                 self._add_text(event.content["name"], text)
             return
 
@@ -1122,8 +1140,8 @@ def shorten(
         head = text
         tail = text
 
-    if measure(text) > room:
-        size = len(text)
+    size = len(text)
+    if size > room or measure(text) > room:
         left = (room - measure(note.text(size))) // 2
         head = beginning(clean_each(head), left, measure)
         # From behind; what a text takes does not depend on its order.
@@ -1244,7 +1262,7 @@ def notebook_outputs(outputs: Sequence[Output], limit: int, note: Note) -> list[
 def full_text(outputs: Sequence[Output]) -> Iterator[str]:
     """Yield all text of a cell, clean, in parts."""
     for output in outputs:
-        for text in PARTS.findall(text_of(output)):
+        for text in parts_of(text_of(output)):
             yield clean(text)
 
         if output["output_type"] != "stream":
@@ -2274,7 +2292,8 @@ class RemoteJupyterClient:
 
         Returns: last_modified and size of what is there afterwards.
         """
-        body = b'{"type":"file","format":"text","content":"' + b"".join(escaped) + b'"}'
+        start = b'{"type":"file","format":"text","content":"'
+        body = b"".join([start, *escaped, b'"}'])
         url = f"contents/{quote(path)}"
         model = record(self.request("PUT", url, body, cure=CANNOT_WRITE))
         size = model.get("size")
