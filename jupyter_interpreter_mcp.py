@@ -37,18 +37,21 @@ that keeps it in its queue (waiting, current, finished), and the `Worker`, whose
 takes it to its end. After that its cell is in `Notebook._pending` until the file is
 known to hold it.
 
-Two threads touch a run and the queue: the worker fills, callers take. One lock, the
-session's, guards queue, outputs, notes, errors, and the step from "not begun" to
-"begun". Single flags (`Run.stage`, `Run.must_interrupt`, `Interpreter.is_closing`) are
-written by one side and read by the other. Of a kernel, callers read the id and write
-`lost` and `was_asked_to_end`. The client may be used by any thread.
+Two threads touch a run and its session's queue: the worker fills, callers take, under
+one lock, the session's. It guards queue, outputs, notes, errors, and the step from "not
+begun" to "begun". Without it go only values that one assignment changes: of a run
+`stage`, `step`, `must_interrupt`, `is_abandoned` and `save_at`; of a kernel its id,
+`lost` and `was_asked_to_end`; `Worker.kernel`, `Interpreter.is_closing` and the counts
+of a `Transfer`; and dictionaries that change by whole entries: the interpreter's
+sessions and transfers, `Tools._runs`. Any thread may use the client.
 
 Code reaches a kernel at most once: `Kernel.send` sends, and nothing sends again. It
 runs a second time only in a restore (`plan_restore` says which cells). When the
 websocket breaks after code was sent, `Kernel.wait` connects again under the same name,
 for up to a minute, and the server hands over what was said. A probe is sent behind the
 code; if the probe is answered and the code is not, `Kernel._judge` says what that
-means: not taken ("Not run"), or unknown.
+means: not taken ("Not run"), or unknown; what the caller is told of it is decided in
+`Worker._tell_failure`.
 
 Whether a kernel ended or was restarted is decided in one stretch of `Kernel`, under "Is
 it still there?", which lists the signs and when each can be missed.
@@ -61,9 +64,9 @@ notebooks. So each cell is signed there with a secret of the user (`signature_of
 one whose signature does not hold runs again only when `%restore` asks for it.
 
 In the user's kernel lives one module of ours, `KernelHelper`, whose source goes along
-with each greeting. It has hooks before and after cells, observes the function by
-which IPython runs `!`, handles SIGINT while a script runs, and puts the kernel's own
-directory first on PATH. Nothing of it shows in the user's namespace.
+with each greeting. It has hooks before and after cells, observes the function by which
+IPython runs `!`, handles SIGINT while a script runs, and puts the kernel's own folder
+first on PATH. Nothing of it shows in the user's namespace.
 
 Errors, all raised on purpose:
 
