@@ -5408,7 +5408,7 @@ def test_an_interrupt_of_a_culled_kernel_says_so(
     server.delete_kernel(mortal.session_id)
     told = text_of(mortal.interrupt())
     assert "has no kernel" in told
-    assert "404" not in told
+    assert "status 404" not in told
 
 
 @pytest.mark.faults
