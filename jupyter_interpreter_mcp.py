@@ -6602,10 +6602,13 @@ def run_local_server() -> None:
     """
     import contextlib
     import os
+    import socket
     import sys
     import threading
+    import uuid
 
     import ipykernel  # noqa: F401  # Missing, it would be missed too late.
+    from jupyter_core.paths import jupyter_runtime_dir
     from jupyter_server.serverapp import ServerApp
 
     # What an extension prints goes to stderr.
@@ -6635,8 +6638,21 @@ def run_local_server() -> None:
         with contextlib.suppress(OSError):
             print(app.connection_url, key.hex(), file=wire, flush=True)
 
+    flags = sys.argv[1:]
+    # A port that was chosen for a kernel can be taken before the kernel is there, which
+    # then dies, again and again: it gets the same port each time. Sockets with a path
+    # have no such race, where the system has them, and room for the path.
+    folder = jupyter_runtime_dir()
+    longest = os.path.join(folder, f"kernel-{uuid.uuid4()}-ipc-1")
+    with contextlib.suppress(OSError, AttributeError):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(longest)
+        os.unlink(longest)
+        flags.append("--KernelManager.transport=ipc")
+
     app = Server.instance()
-    app.initialize(sys.argv[1:])
+    app.initialize(flags)
     # What is for this server is not for what runs in its kernels.
     del os.environ["JUPYTER_TOKEN"]
     del os.environ["JUPYTER_CONFIG_DIR"]

@@ -9188,6 +9188,30 @@ def test_files_of_the_folder_never_reach_the_local_server(tmp_path: Path) -> Non
     assert not re.search("[0-9a-f]{48}", ended.stderr)  # its token
 
 
+TRANSPORT = """
+import ipykernel
+ipykernel.get_connection_info(unpack=True)["transport"]
+"""
+
+
+@pytest.mark.parametrize(("name", "transport"), [("jupyter", "ipc"), ("x" * 90, "tcp")])
+def test_a_local_kernel_needs_no_port_that_others_can_take(
+    name: str, transport: str, tmp_path: Path
+) -> None:
+    """A kernel whose port was taken is started with the same one until it is given up.
+
+    A path that is too long for a socket leaves only ports.
+    """
+    with tempfile.TemporaryDirectory(prefix="j", dir="/tmp") as short:
+        runtime = Path(short) / name
+        variables = {"JUPYTER_RUNTIME_DIR": str(runtime)}
+        result = execute(
+            "--local", "--execute", TRANSPORT, cwd=tmp_path, environment=variables
+        )
+        assert shown(result) == [f"'{transport}'"]
+        assert not list(runtime.glob("kernel-*"))
+
+
 def processes_of(folder: Path) -> list[psutil.Process]:
     """Return the processes whose command line names a folder."""
     every = psutil.process_iter(["cmdline"])
