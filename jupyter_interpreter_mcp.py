@@ -3335,6 +3335,8 @@ class Run:
             if text is not None and self.outcome is None:
                 self.errors.append(text)
             self.outcome = Outcome.NEVER_RAN
+            if self.only_waits:
+                self.outcome = Outcome.ENDED_WELL  # There is no code that did not run.
             if not self.ended.done():
                 self.ended.set_result(None)
             return True
@@ -4916,6 +4918,7 @@ STUBBORN = "The code did not stop within {:g} s, it may ignore interrupts: {}"
 NOTHING_RAN = "Nothing ran in session {}"
 NO_KERNEL = "Session {} has no kernel: nothing runs"
 ENDING = "Not run: the MCP server ends"
+ENDS_WAIT = "Waits no longer: the kernel is ended as asked"
 WITHDRAWN = "Not run: it was withdrawn before it began"
 STILL_SAVED = "The code has ended; its cell is still being saved"
 SKIPPED = "The restore goes on without {}"
@@ -5184,7 +5187,10 @@ class Session:
             return self._render([message_taken([], [str(err)])], could_not_run=True)
 
     def _stop(self) -> Result:
-        run = self.current()
+        with self.lock:
+            # What was withdrawn before it began is current until the worker looks up.
+            self.lock.wait_for(self._is_withdrawn_no_more, INTERRUPT_S)
+            run = self._current
         notes: list[str] = []
         errors: list[str] = []
         if run is None or (run.stage is Stage.QUEUED and run.only_waits):
@@ -5202,6 +5208,10 @@ class Session:
 
         taken = self._take(None, 0.0)
         return self._render([*taken, message_taken(notes, errors)], could_not_run=False)
+
+    def _is_withdrawn_no_more(self) -> bool:
+        run = self._current
+        return run is None or not run.is_withdrawn or run.stage not in BEFORE_RUNNING
 
     def _has_stopped(self, run: Run) -> bool:
         """Wait until a run that is to be interrupted ended; return whether it did."""
@@ -5257,7 +5267,7 @@ class Session:
             current = self._current
         try:
             if current is not None:
-                current.withdraw(None if current.only_waits else WITHDRAWN)
+                current.withdraw(ENDS_WAIT if current.only_waits else WITHDRAWN)
                 with self.lock:
                     self.lock.wait_for(lambda: self._current is None, INTERRUPT_S)
             kernel_id = self.kernel_id()

@@ -5855,6 +5855,51 @@ def test_another_mcp_server_interrupts_what_runs(
     trial.survived()
 
 
+@pytest.fixture
+def busy_elsewhere(clients: Clients) -> tuple[Client, int]:
+    """A client, and a session whose kernel is busy with another one's code."""
+    other = clients()
+    session_id = other.open("import time")
+    still = other.run("time.sleep(60)", session_id, timeout=0.5)
+    assert "Still running" in text_of(still)
+    return clients(), session_id
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("code", ["", "1"])
+def test_an_interrupt_after_a_call_gave_up_stops_what_it_waited_for(
+    code: str, busy_elsewhere: tuple[Client, int]
+) -> None:
+    client, session_id = busy_elsewhere
+    waited = client.run(code, session_id, timeout=1)
+    assert "interrupt_execution" in text_of(waited)
+    with within(7):
+        assert "KeyboardInterrupt" in text_of(client.interrupt(session_id))
+    assert shown(client.run("6 * 7", session_id)) == ["42"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("code", ["", "1"])
+@pytest.mark.parametrize("how", ["restart", "shutdown"])
+def test_the_end_of_a_kernel_is_told_to_a_call_that_waits_for_others(
+    how: str, code: str, busy_elsewhere: tuple[Client, int]
+) -> None:
+    client, session_id = busy_elsewhere
+    waiting = client.start(code, session_id, timeout=50)
+    eventually(lambda: any("other code" in said for said in client.progress))
+    with within(20):
+        said = client.interrupt(session_id, **{how: True})
+    assert how.replace("down", " down") in text_of(said)
+
+    with within(5):
+        ended = outcome(waiting)
+    if code:
+        assert "withdrawn" in text_of(ended)
+    else:
+        assert "ended as asked" in text_of(ended)
+    assert client.run("6 * 7", session_id)["result"][-1] == "42"
+
+
 # --- Notebook -------------------------------------------------------------------------
 
 MARK = "jupyter_interpreter_mcp"
