@@ -2595,8 +2595,9 @@ ENDED_AS_ASKED = "The kernel was ended as asked."
 ENDED_BY_SOMEBODY = "The kernel was shut down or restarted by somebody."
 DIED = "The kernel died: it crashed, ran out of memory or was killed."
 CANNOT_START = (
-    "The kernel does not start, the server gave it up: see the server's log; the "
-    "command of its kernelspec may lack its package (ipykernel)"
+    "The kernel does not start, the server gave it up. Call again: that starts another "
+    "one; if that fails, too, see the server's log: the command of its kernelspec may "
+    "lack its package (ipykernel)"
 )
 KERNEL_GONE = "The kernel is gone: it was shut down, or culled when it was idle."
 # ipykernel's msg_id: KERNEL-SESSION_PID_NUMBER
@@ -3061,6 +3062,8 @@ class Kernel:
         now_s = time.monotonic()
         is_overdue = now_s - self._made_at > STARTS_S
         if self._server_state == "starting" and not request.was_heard and is_overdue:
+            if self.has_greeted:
+                raise KernelDied("The kernel was restarted.")
             raise KernelDied("The kernel hangs: it did not start in 5 minutes.")
 
         silent_s = now_s - self.channel.heard_at

@@ -4870,6 +4870,20 @@ def test_a_server_tells_that_it_has_no_kernel(
 
 
 @pytest.mark.pure
+@pytest.mark.parametrize(("greeted", "why"), [(True, "restarted"), (False, "hangs")])
+def test_a_kernel_that_starts_for_too_long_hangs_or_was_restarted(
+    greeted: bool, why: str
+) -> None:
+    server: Any = ServerThatSays("starting")
+    kernel: Any = jim.Kernel(server, "k", lambda: None)
+    kernel.has_greeted = greeted
+    kernel.channel.heard_at -= jim.SILENCE_S
+    kernel._made_at -= jim.STARTS_S
+    with pytest.raises(jim.KernelDied, match=why):
+        kernel._is_silent_too_long(jim.Request(), None)
+
+
+@pytest.mark.pure
 def test_a_connection_that_fails_names_its_cure_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -4937,6 +4951,36 @@ def test_a_kernel_that_ends_at_once_is_named_soon(
     (error,) = result["error"]
     assert "kernel" in error
     assert "--jupyter-base-url" not in error
+
+
+PORT_IS_TAKEN = """
+import socket
+from jupyter_client.connect import LocalPortCache
+
+taken = socket.socket()
+taken.bind(("127.0.0.1", 0))
+taken.listen()
+ports = [taken.getsockname()[1]]
+choose = LocalPortCache.find_available_port
+LocalPortCache.find_available_port = lambda self, ip: (
+    ports.pop() if ports else choose(self, ip)
+)
+"""
+
+
+@pytest.mark.faults
+def test_a_kernel_whose_port_is_taken_is_replaced_by_the_next_call(
+    clients: Clients, servers: Callable[..., JupyterServer], tmp_path: Path
+) -> None:
+    """The server starts it with the same ports again, and then gives it up."""
+    config = tmp_path / "config.py"
+    config.write_text(PORT_IS_TAKEN)
+    soon = ["--KernelRestarter.time_to_dead=0.3", "--KernelRestarter.restart_limit=1"]
+    client = clients(server=servers(f"--config={config}", *soon, transport="tcp"))
+    failed = client.run("6 * 7")
+    assert "does not start" in text_of(failed)
+    assert "Call again" in text_of(failed)
+    assert client.run("6 * 7", failed["session_id"])["result"][-1:] == ["42"]
 
 
 @pytest.mark.faults
