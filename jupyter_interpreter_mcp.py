@@ -2410,6 +2410,9 @@ TOO_LARGE = (
 )
 
 
+AGAIN = "-again"  # Ends the client session of what a restore sends.
+
+
 class Channel:
     """One websocket to a kernel. It breaks, and comes back under the same name.
 
@@ -2420,8 +2423,10 @@ class Channel:
     def __init__(self, client: RemoteJupyterClient, kernel_id: str) -> None:
         self._client = client
         self._kernel_id = kernel_id
-        # In the header of each request of ours.
+        # In the header of each request of ours,
         self.client_session_id = f"{PROGRAM}-{secrets.token_hex(16)}"
+        # with AGAIN behind it during a restore, which other processes see by that.
+        self.is_restoring = False
         # By which the server knows the websocket.
         self.name = self.client_session_id
         self._ws: websocket.WebSocket | None = None
@@ -2484,6 +2489,8 @@ class Channel:
             ProtocolError: It is larger than servers take.
         """
         session = self.client_session_id
+        if self.is_restoring:
+            session += AGAIN
         frame = encode(msg_type, msg_id, session, content, is_binary=self.is_binary)
         if len(frame) > FRAME_BYTES:
             raise ProtocolError(TOO_LARGE.format(len(frame), FRAME_BYTES))
@@ -2692,6 +2699,8 @@ class Kernel:
         self._execution_count = 0
         # How the client sessions begin whose output is ours.
         self._ours = self.channel.client_session_id
+        # When another process was last heard to restore the session here.
+        self._other_restored_at = -math.inf
         self.gaps = Gaps()
         # Those that have not ended, by msg_id.
         self.requests: dict[str, Request] = {}
@@ -2782,15 +2791,30 @@ class Kernel:
         self.has_helper = reply.implementation == "ipython"
         self.has_greeted = True
 
+        state = self.ask_state(mark, hear)
+        self._ours = self.channel.client_session_id
+        return state
+
+    def ask_state(self, mark: KernelState, hear: Hear) -> KernelState:
+        """Return the state, which then is `mark` if nothing of ours was there."""
         greeting = self.probe(mark)
         self.wait(greeting, hear)
-        self._ours = self.channel.client_session_id
         if not self.has_helper and not self._execution_count:
             return KernelState.FRESH  # Others tell no more than how much they ran.
 
         with contextlib.suppress(ValueError):
             return KernelState(greeting.answer.get("state"))
         return KernelState.READY  # A helper newer than this file.
+
+    def is_restored_by_another(self, hear: Hear) -> bool:
+        """Return whether another process goes on with a restore that it began."""
+        asked_at = time.monotonic()
+        while self._other_restored_at < asked_at:
+            self._look_up()
+            self._read(TICK_S, None, hear)
+            if time.monotonic() - asked_at > SILENCE_S:
+                return False
+        return True
 
     # Sending
 
@@ -2917,7 +2941,13 @@ class Kernel:
         # A person may work here, too: what they caused is not ours.
         if message.channel != "iopub":
             return
-        if not message.parent_session.startswith(self._ours):
+        session = message.parent_session
+        is_own = session.startswith(self.channel.client_session_id)
+        if session.endswith(AGAIN) and not is_own:
+            # Another process restores: what that prints has been seen before.
+            self._other_restored_at = time.monotonic()
+            return
+        if not session.startswith(self._ours):
             return
         if answered is not None and answered.is_harmless:
             return  # Of a probe: it says nothing, but for its own interrupt.
@@ -4458,6 +4488,9 @@ class Worker:
         may_restore = bool(cells) and (asked_for or self._settings.restore_limit_s > 0)
         mark = KernelState.RESTORING if may_restore else KernelState.READY
         state = self.kernel.greet(mark, run.hear)
+        restoring = KernelState.RESTORING
+        while state is restoring and self.kernel.is_restored_by_another(run.hear):
+            state = self.kernel.ask_state(mark, run.hear)
         if not self.kernel.channel.is_binary:
             self._owner.has_gateway = True
         self._describe_kernel(model)
@@ -4663,6 +4696,32 @@ class Worker:
         """Run the steps of a restore, each once, and put a report into the result."""
         run.stage = Stage.RESTORING
         started = time.monotonic()
+        self.kernel.channel.is_restoring = True
+        try:
+            failures = self._run_steps(run, plan, count)
+            self._enter(plan.last_folder)
+            names = self._end_restore()
+        finally:
+            self.kernel.channel.is_restoring = False
+
+        took_s = time.monotonic() - started
+        run.note(restore_report(head, plan, took_s, failures, names))
+        run.step = ""
+
+    def _end_restore(self) -> list[str]:
+        """Mark the kernel as restored; return the names of the variables there."""
+        if not self.kernel.has_helper:
+            return []
+
+        names = self.kernel.ask("names()").get("names")
+        self.kernel.wait(self.kernel.probe(KernelState.RESTORED), ignore)
+        self._has_restored = True
+        if not isinstance(names, list):
+            return []
+        return [str(name) for name in names]
+
+    def _run_steps(self, run: Run, plan: RestorePlan, count: int) -> dict[int, str]:
+        """Run the steps of a restore; return what became of those that did not work."""
         failures: dict[int, str] = {}
         for step in plan.steps:
             if run.is_withdrawn:
@@ -4680,19 +4739,7 @@ class Worker:
                 failures[step.number] = STOPPED
             else:
                 failures[step.number] = NOW_FAILS.format(short_error(error.content))
-
-        self._enter(plan.last_folder)
-        names: list[str] = []
-        if self.kernel.has_helper:
-            told = self.kernel.ask("names()").get("names")
-            if isinstance(told, list):
-                names = [str(name) for name in told]
-            self.kernel.wait(self.kernel.probe(KernelState.RESTORED), ignore)
-            self._has_restored = True
-
-        took_s = time.monotonic() - started
-        run.note(restore_report(head, plan, took_s, failures, names))
-        run.step = ""
+        return failures
 
     def _enter(self, folder: str) -> bool:
         """Go to a working directory; return whether it is there."""

@@ -7609,6 +7609,32 @@ def test_a_restore_cut_short_is_completed_by_another(
     assert rest == ["42"]
 
 
+def test_a_restore_under_way_is_waited_for_by_another_command(
+    client: Client, clients: Clients, server: JupyterServer
+) -> None:
+    """What it prints was told when the cells ran first."""
+    folder = server.root / "notebooks"
+    (folder / "gate-open").touch()
+    session_id = client.open("x = 40")
+    client.run(GATE, session_id)
+    client.run("print('told before')", session_id)
+    server.delete_kernel(session_id)
+    (folder / "gate-open").unlink()
+    (folder / "gate-reached").unlink()
+    restores = client.start("x", session_id)
+    eventually((folder / "gate-reached").exists)
+    other = clients(command=patched(PROGRESS_S=0.2))
+    waits = other.start("x", session_id)
+    eventually(lambda: any("other code" in said for said in other.progress))
+    (folder / "gate-open").touch()
+    report, value = shown(outcome(restores))
+    assert "3 cells (1-3) ran again" in report
+    assert value == "41"
+    told, value = shown(outcome(waits))
+    assert "Another process restored" in told
+    assert value == "41"
+
+
 BOMB = """import os
 if os.path.exists('armed'): os._exit(1)"""
 
