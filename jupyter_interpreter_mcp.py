@@ -2252,14 +2252,17 @@ class RemoteJupyterClient:
         return parse_kernel(record(answer).get("kernel"))
 
     def bound_kernels(self) -> dict[str, KernelModel]:
-        """Return the kernels that are bound to a path, by that path."""
+        """Return the kernels that are bound to a path, by that path; of two the first.
+
+        That is the one which `open_session` returns from then on.
+        """
         answer = self.request("GET", "sessions")
-        kernels = {}
+        kernels: dict[str, KernelModel] = {}
         for each in answer if isinstance(answer, list) else []:
             with contextlib.suppress(ServerError, AttributeError):
                 # Gateways have the older form, a notebook with a path.
                 path = each.get("path") or each.get("notebook", {}).get("path")
-                kernels[str(path)] = parse_kernel(each.get("kernel"))
+                kernels.setdefault(str(path), parse_kernel(each.get("kernel")))
         return kernels
 
     def kernel(self, kernel_id: str) -> KernelModel:
@@ -4574,7 +4577,7 @@ class Worker:
 
         if model is None:
             run.stage = Stage.STARTING
-            model = self._start_kernel()
+            model = self._agree_on(self._start_kernel())
 
         was_tried_in_vain = (
             self.kernel.kernel_id == model.kernel_id and not self.kernel.has_greeted
@@ -4584,6 +4587,23 @@ class Worker:
             self._client.command(model.kernel_id, "restart", KERNEL_TIMEOUT_S)
 
         return model
+
+    def _agree_on(self, started: KernelModel) -> KernelModel:
+        """Return the kernel that all take who start one for the session at one moment.
+
+        The server gives each of them one of its own.
+        """
+        if self._is_new or not self._owner.keeps_notebook:
+            return started
+
+        first = self._bound_kernel() or started
+        if (
+            first.kernel_id != started.kernel_id
+            and started.execution_state == "starting"
+        ):
+            with contextlib.suppress(ServerError):
+                self._client.delete(started.kernel_id)
+        return first
 
     def _bound_kernel(self) -> KernelModel | None:
         """Return the kernel that is bound to the notebook; gateways may not tell."""

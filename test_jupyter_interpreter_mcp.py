@@ -7635,6 +7635,22 @@ def test_a_restore_under_way_is_waited_for_by_another_command(
     assert value == "41"
 
 
+def test_two_commands_that_call_at_once_restore_once(
+    client: Client, clients: Clients, server: JupyterServer
+) -> None:
+    """Of the kernels that the server gives them they take the same one."""
+    session_id = client.open("n = open('restored', 'a').write('r')")
+    other = clients()
+    other.run("n", session_id)
+    server.delete_kernel(session_id)
+    calls = [each.start("n", session_id) for each in (client, other)]
+    results = [shown(outcome(call)) for call in calls]
+    assert [result[-1] for result in results] == ["1", "1"]
+    assert str(results).count("ran again") == 1
+    assert (server.root / "notebooks" / "restored").read_text() == "rr"
+    assert server.kernel_id(session_id) in server.kernels()
+
+
 BOMB = """import os
 if os.path.exists('armed'): os._exit(1)"""
 
