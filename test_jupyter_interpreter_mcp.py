@@ -7639,7 +7639,7 @@ def test_two_commands_that_call_at_once_restore_once(
     client: Client, clients: Clients, server: JupyterServer
 ) -> None:
     """Of the kernels that the server gives them they take the same one."""
-    session_id = client.open("n = open('restored', 'a').write('r')")
+    session_id = client.open("n = open('at-once', 'a').write('r')")
     other = clients()
     other.run("n", session_id)
     server.delete_kernel(session_id)
@@ -7647,7 +7647,7 @@ def test_two_commands_that_call_at_once_restore_once(
     results = [shown(outcome(call)) for call in calls]
     assert [result[-1] for result in results] == ["1", "1"]
     assert str(results).count("ran again") == 1
-    assert (server.root / "notebooks" / "restored").read_text() == "rr"
+    assert (server.root / "notebooks" / "at-once").read_text() == "rr"
     assert server.kernel_id(session_id) in server.kernels()
 
 
