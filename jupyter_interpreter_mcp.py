@@ -3545,6 +3545,9 @@ class Notebook:
         self._may_begin_anew = False
         # The server's time of the version that is known; None: it must be read.
         self.last_modified: str | None = None
+        # Is it that version beyond doubt? Of two texts that were written at one moment
+        # both writers are told the same time, and the same size if they are as long.
+        self._is_certain = False
         self._looked_at = -math.inf
         self._written_at = -math.inf
         # When `confirm` last read the file.
@@ -3556,6 +3559,12 @@ class Notebook:
     def is_confirmed(self) -> bool:
         """Return whether the file is known to hold all cells of ours."""
         return not self._pending
+
+    @property
+    def is_contended(self) -> bool:
+        """Return whether somebody saved a moment ago, and may overwrite what is new."""
+        is_recent = self._clock() - self._shared_at < CONFIRM_S
+        return is_recent and not self.is_confirmed
 
     def load(self) -> list[SavedCell] | None:
         """Read the file; return its cells, or None if there is none.
@@ -3653,10 +3662,10 @@ class Notebook:
         modified = self._client.modified(self.path)
         if modified is None:
             self._note_absence()
-        elif modified == self.last_modified:
+        elif modified == self.last_modified and self._is_certain:
             self._settle()  # Our last save stands, and with it what older ones brought.
         else:
-            if self.last_modified is not None:
+            if self.last_modified not in (None, modified):
                 self._shared_at = self._clock()
             is_behind = self._reread()
         return is_behind
@@ -3676,7 +3685,10 @@ class Notebook:
         """Read the file and merge; return whether it lacks something of ours."""
         text = ""
         error: NotebookError | None = None
-        for pause_s in PAUSES_S:
+        # No pause behind the last try: what is written then is from memory, and lacks
+        # what others wrote meanwhile.
+        for pause_s in (0.0, *PAUSES_S):
+            time.sleep(pause_s * random.uniform(0.5, 1.5))
             try:
                 text, modified = self._client.read(self.path)
                 return self._take(parse_notebook(text, self.path), modified)
@@ -3691,7 +3703,6 @@ class Notebook:
                 raise NotebookError(LEFT_ALONE.format(self.path, err)) from err
             except GarbledError as err:
                 error = err
-            time.sleep(pause_s * random.uniform(0.5, 1.5))
 
         # A full disk leaves an empty file, which holds nothing that could be lost.
         if error is not None and text.strip() and not self._may_have_mixed():
@@ -3716,6 +3727,7 @@ class Notebook:
         merged = merge(content.cells, list(self._cells), self._pending)
         self._exists = True
         self.last_modified = modified
+        self._is_certain = True
         self.metadata = content.metadata
         self._rest = content.rest
         self._cells = {cell["id"]: piece_of(dump(cell)) for cell in merged}
@@ -3752,6 +3764,7 @@ class Notebook:
             self._looked_at = self._written_at
             if size is None or size == sum(piece.size for piece in pieces):
                 self.last_modified = modified
+                self._is_certain = self._written_at - self._shared_at > SHARED_S
                 return
 
             # Something else is there than what we wrote.
@@ -4310,7 +4323,7 @@ class Worker:
             except Exception:  # The session must not be without a worker.
                 log.exception("Session %d", self._session.session_id)
 
-        self._confirm(is_last=True)
+        self._confirm_last()
         self._session.give_up_waiting()
 
     def _take_to_its_end(self, run: Run) -> None:
@@ -4332,6 +4345,17 @@ class Worker:
             return
         with contextlib.suppress(NotebookError, ServerError):
             self._notebook.confirm(is_last=is_last)
+
+    def _confirm_last(self) -> None:
+        """Confirm before this process ends; beside another writer until that pauses.
+
+        What it puts back can be overwritten once more, and nobody would look then.
+        """
+        deadline = time.monotonic() + CONFIRM_S
+        self._confirm(is_last=True)
+        while self._notebook.is_contended and time.monotonic() < deadline:
+            time.sleep(RETRY_S * random.uniform(0.5, 1.5))
+            self._confirm(is_last=True)
 
     def _rest(self) -> None:
         """Close the websocket; what comes meanwhile is handed over by the next call."""

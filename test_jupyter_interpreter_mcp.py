@@ -6130,12 +6130,39 @@ def test_a_cell_that_was_seen_and_overwritten_late_is_put_back(disk: Disk) -> No
 
 
 @pytest.mark.pure
+def test_a_text_as_long_as_ours_of_the_same_moment_is_noticed(disk: Disk) -> None:
+    """The server tells both writers the same time and size."""
+    notebook = notebook_on(disk)
+    run_and_save(notebook, code_cell("a"))
+    disk.put(notebook_text(code_cell("a"), code_cell("x")))
+    run_and_save(notebook, code_cell("b"))
+
+    def overwrite() -> None:
+        assert disk.text is not None
+        theirs = disk.text.replace('"c"', '"d"').replace("'c'", "'d'")
+        assert len(theirs) == len(disk.text)
+        disk.text = theirs
+
+    disk.after_write = overwrite
+    run_and_save(notebook, code_cell("c"))
+    assert disk.ids() == ["a", "x", "b", "d"]
+    disk.now += 1.1
+    notebook.confirm()
+    assert disk.ids() == ["a", "x", "b", "c", "d"]
+
+
+@pytest.mark.pure
 def test_at_the_end_confirming_does_not_wait(disk: Disk) -> None:
     notebook = notebook_on(disk)
     run_and_save(notebook, code_cell("a"))
-    disk.put(notebook_text())
-    notebook.confirm(is_last=True)
-    assert disk.ids() == ["a"]
+    assert not notebook.is_contended
+    for _ in range(2):
+        disk.put(notebook_text())
+        notebook.confirm(is_last=True)
+        assert disk.ids() == ["a"]
+        assert notebook.is_contended, "so it is looked at once more"
+    disk.now += 1.1
+    assert not notebook.is_contended
 
 
 @pytest.mark.pure
