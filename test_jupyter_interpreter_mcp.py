@@ -6004,14 +6004,21 @@ class Disk:
     def make_folder(self, _folder: str) -> None:
         self.requests.append("folder")
 
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """A disk whose clock goes on while this thread sleeps; others sleep as they do."""
     disk = Disk()
-    monkeypatch.setattr(time, "sleep", disk.sleep)
+    really_sleep = time.sleep
+    ours = threading.get_ident()
+
+    def sleep(seconds: float) -> None:
+        if threading.get_ident() == ours:
+            disk.now += seconds
+        else:
+            really_sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep)
     return disk
 
 
